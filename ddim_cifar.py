@@ -1,0 +1,1689 @@
+"""Denoising diffusion implicit models on CIFAR-10, in one file: train a UNet to predict noise, sample it with DDIM.
+
+    python ddim_cifar.py                                       quick test: one training step, then 16 samples
+    python ddim_cifar.py --epochs 50 --iterations 1000         train, save checkpoints, draw a 4x4 grid
+    python ddim_cifar.py --resume auto --epochs 100            go on from the newest checkpoint
+    python ddim_cifar.py --sample ddim_model_final.pth --num-samples 50000 --export samples/
+
+The network and its training are those of Ho, Jain & Abbeel, "Denoising Diffusion Probabilistic Models", arXiv 2006.11239
+("DDPM" below); schedule, sampler, step selection and experiments those of Song, Meng & Ermon, "Denoising Diffusion Implicit
+Models", arXiv 2010.02502, whose equation numbers stand at the lines. Its alpha_t is called alphas_cumprod[t] here.
+"""
+
+import argparse
+import collections
+import contextlib
+import copy
+import csv
+import functools
+import importlib.util
+import io
+import itertools
+import json
+import math
+import os
+import shlex
+import shutil
+import signal
+import socket
+import stat
+import struct
+import sys
+import time
+import zipfile
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+from torch import nn
+from tqdm import tqdm
+
+# ---- UNet ------------------------------------------------------------------------------------------------------------
+# DDPM, App. B. Parameters carry the names of the published weights (diffusers' UNet2DModel), so either loads the other's.
+
+
+def sinusoidal_embedding(t, dim):
+    """Embed timesteps as sines, then cosines, of geometrically spaced frequencies (DDPM App. B; arXiv 1706.03762, Sec. 3.5).
+
+    t: int64 [N]; dim: even, at least 4. Returns float32 [N, dim]; frequency i of dim/2 is 10000^(-i / (dim/2 - 1)).
+    """
+    exponent = torch.arange(dim // 2, dtype=torch.float32, device=t.device) / (dim // 2 - 1)
+    angle = t.float()[:, None] * torch.exp(-math.log(10000) * exponent)
+    return torch.cat([angle.sin(), angle.cos()], dim=1)
+
+
+def group_norm(channels):
+    return nn.GroupNorm(32, channels, eps=1e-6)
+
+
+class ResBlock(nn.Module):
+    def __init__(self, c_in, c_out, c_time, dropout):
+        super().__init__()
+        self.norm1 = group_norm(c_in)
+        self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
+        self.time_emb_proj = nn.Linear(c_time, c_out)
+        self.norm2 = group_norm(c_out)
+        self.dropout = nn.Dropout(dropout)
+        self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
+        self.conv_shortcut = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
+
+    def forward(self, x, time_emb):  # [N, c_in, H, W], [N, c_time] -> [N, c_out, H, W]
+        h = self.conv1(F.silu(self.norm1(x), inplace=True))
+        h += self.time_emb_proj(time_emb)[:, :, None, None]
+        h = self.conv2(self.dropout(F.silu(self.norm2(h), inplace=True)))
+        h += self.conv_shortcut(x)
+        return h
+
+
+class Attention(nn.Module):
+    """One head over all H x W positions."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.group_norm = group_norm(channels)
+        self.to_q = nn.Linear(channels, channels)
+        self.to_k = nn.Linear(channels, channels)
+        self.to_v = nn.Linear(channels, channels)
+        self.to_out = nn.Sequential(nn.Linear(channels, channels))
+
+    def forward(self, x):
+        h = self.group_norm(x).flatten(2).transpose(1, 2)[:, None]  # [N, 1, H*W, C]
+        h = F.scaled_dot_product_attention(self.to_q(h), self.to_k(h), self.to_v(h))
+        return x + self.to_out(h)[:, 0].transpose(1, 2).unflatten(2, x.shape[2:])
+
+
+class Downsample(nn.Module):
+    def __init__(self, channels):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+
+    def forward(self, x):
+        return self.conv(F.pad(x, (0, 1, 0, 1)))
+
+
+class Upsample(nn.Module):
+    def __init__(self, channels):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x):
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+class Stage(nn.Module):
+    """The ResBlocks of one resolution, the attention behind some of them, and the way to the next resolution."""
+
+    def __init__(self, widths_in, width, c_time, dropout, attends, **resamplers):
+        super().__init__()
+        self.resnets = nn.ModuleList(ResBlock(c_in, width, c_time, dropout) for c_in in widths_in)
+        self.attentions = nn.ModuleList(Attention(width) if here else nn.Identity() for here in attends)
+        for name, module in resamplers.items():
+            setattr(self, name, nn.ModuleList([module] if module else []))
+
+
+class UNet(nn.Module):
+    """The DDPM CIFAR-10 network: predicts the noise eps in x_t. 35,746,307 parameters by default.
+
+    channels: width of the first resolution, a multiple of 32; channel_mults: width of each resolution over channels; res_blocks:
+    ResBlocks per resolution (one more on the way up); attn_resolutions: sides, in pixels, at which attention follows each ResBlock
+    (it always does in the middle); image_size: H, divisible by 2^(len(channel_mults) - 1). ValueError for sizes that do not fit.
+    """
+
+    def __init__(self, channels=128, channel_mults=(1, 2, 2, 2), res_blocks=2, attn_resolutions=(16,), dropout=0.1, image_size=32):
+        super().__init__()
+        if channels % 32 or min(channels, *channel_mults, res_blocks) < 1:
+            raise ValueError("channels must be a multiple of 32, channel_mults and res_blocks at least 1")
+        resolutions = [image_size >> level for level in range(len(channel_mults))]
+        if image_size % (1 << len(resolutions) - 1) or not set(attn_resolutions) <= set(resolutions):
+            raise ValueError(f"image_size {image_size} allows the resolutions {resolutions}, attention at {list(attn_resolutions)}")
+        widths = [channels * mult for mult in channel_mults]
+        levels = [(width, side in attn_resolutions) for width, side in zip(widths, resolutions)]
+        c_time = 4 * channels
+        self.channels = channels
+        self.time_embedding = nn.ModuleDict({"linear_1": nn.Linear(channels, c_time), "linear_2": nn.Linear(c_time, c_time)})
+        self.conv_in = nn.Conv2d(3, channels, 3, padding=1)
+
+        self.down_blocks = nn.ModuleList()
+        skips = [channels]
+        for level, (width, attends) in enumerate(levels):
+            deepest = level == len(levels) - 1
+            inputs = [skips[-1]] + [width] * (res_blocks - 1)
+            down = None if deepest else Downsample(width)
+            self.down_blocks.append(Stage(inputs, width, c_time, dropout, [attends] * res_blocks, downsamplers=down))
+            skips += [width] * (res_blocks if deepest else res_blocks + 1)
+
+        self.mid_block = Stage([width, width], width, c_time, dropout, [True, False])
+
+        self.up_blocks = nn.ModuleList()
+        for level, (width_up, attends) in reversed(list(enumerate(levels))):
+            inputs = [c_in + skips.pop() for c_in in [width] + [width_up] * res_blocks]
+            width = width_up
+            up = Upsample(width) if level else None
+            self.up_blocks.append(Stage(inputs, width, c_time, dropout, [attends] * (res_blocks + 1), upsamplers=up))
+
+        self.conv_norm_out = group_norm(width)
+        self.conv_out = nn.Conv2d(width, 3, 3, padding=1)
+        self.reset_parameters()
+
+    def reset_parameters(self):
+        """The official code's variance scaling, fan_avg; each residual branch and the network start as zero."""
+        for module in self.modules():
+            if isinstance(module, (nn.Conv2d, nn.Linear)):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        branches = [m.conv2 for m in self.modules() if isinstance(m, ResBlock)]
+        branches += [m.to_out[0] for m in self.modules() if isinstance(m, Attention)]
+        for module in [*branches, self.conv_out]:
+            nn.init.zeros_(module.weight)
+
+    def forward(self, x, t):
+        """x: [N, 3, H, H], H = image_size, values around [-1, 1]; t: int64 [N]. Returns eps, [N, 3, H, H]."""
+        time_emb = self.time_embedding["linear_1"](sinusoidal_embedding(t, self.channels))
+        time_emb = F.silu(self.time_embedding["linear_2"](F.silu(time_emb)))  # each ResBlock would apply this SiLU again
+        h = self.conv_in(x.to(self.conv_in.weight.dtype))
+        skips = [h]
+        for stage in self.down_blocks:
+            for resnet, attention in zip(stage.resnets, stage.attentions):
+                h = attention(resnet(h, time_emb))
+                skips.append(h)
+            for downsample in stage.downsamplers:
+                h = downsample(h)
+                skips.append(h)
+        for resnet, attention in zip(self.mid_block.resnets, self.mid_block.attentions):
+            h = attention(resnet(h, time_emb))
+        for stage in self.up_blocks:
+            for resnet, attention in zip(stage.resnets, stage.attentions):
+                h = attention(resnet(torch.cat([h, skips.pop()], dim=1), time_emb))
+            for upsample in stage.upsamplers:
+                h = upsample(h)
+        return self.conv_out(F.silu(self.conv_norm_out(h), inplace=True))
+
+
+# ---- Diffusion -------------------------------------------------------------------------------------------------------
+
+
+class NoiseSchedule:
+    """Linear betas (DDPM Sec. 4). alphas_cumprod: float64 [timesteps] on the CPU, the alpha_t of the DDIM paper."""
+
+    def __init__(self, timesteps=1000, beta_start=1e-4, beta_end=0.02):
+        self.timesteps = timesteps
+        self.betas = torch.linspace(beta_start, beta_end, timesteps, dtype=torch.float64)
+        self.alphas_cumprod = torch.cumprod(1 - self.betas, dim=0)
+
+    def alpha(self, t):
+        """alphas_cumprod as a Python float; t = -1 is the clean image, alpha 1."""
+        return float(self.alphas_cumprod[t]) if t >= 0 else 1.0
+
+    @functools.lru_cache(maxsize=4)  # noqa: B019 (a schedule lives as long as its program)
+    def scales(self, device, dtype):
+        alphas = self.alphas_cumprod
+        return alphas.sqrt().to(device, dtype), (1 - alphas).sqrt().to(device, dtype)
+
+    def add_noise(self, x_0, eps, t):
+        """x_t = sqrt(alpha_t) x_0 + sqrt(1 - alpha_t) eps (Eq. 4). x_0, eps: [N, ...]; t: int64 [N] in 0..timesteps-1."""
+        signal_scale, noise_scale = (scale[t].view(-1, *[1] * (x_0.ndim - 1)) for scale in self.scales(x_0.device, x_0.dtype))
+        return signal_scale * x_0 + noise_scale * eps
+
+
+TAUS = ("uniform", "quadratic", "logsnr")
+
+
+def ddim_timesteps(timesteps, steps, tau, schedule=None):
+    """The sub-sequence tau of 0..timesteps-1 that sampling visits (App. D.2): `steps` distinct ints, ascending.
+
+    tau: "uniform" floor(i T / S); "quadratic" floor(c i^2) with the last at 0.8 T, as in the official code; "logsnr" equal steps in
+    log(alpha / (1 - alpha)) of `schedule` (the default one of `timesteps` steps if None). ValueError unless 1 <= steps <= timesteps.
+    """
+    if not 1 <= steps <= timesteps:
+        raise ValueError(f"steps must be in 1..{timesteps}, not {steps}")
+    i = np.arange(steps)
+    if tau == "uniform":
+        wanted = i * timesteps // steps
+    elif tau == "quadratic":
+        wanted = 4 * timesteps * i**2 // (5 * (steps - 1) ** 2) if steps > 1 else np.array([4 * timesteps // 5])
+    elif tau == "logsnr":
+        alphas = (schedule or NoiseSchedule(timesteps)).alphas_cumprod.numpy()
+        logsnr = np.log(alphas / (1 - alphas))
+        ends = (logsnr[0], logsnr[-1]) if steps > 1 else (logsnr[-1], logsnr[-1])
+        wanted = np.interp(-np.linspace(*ends, steps), -logsnr, np.arange(timesteps)).round().astype(int)
+    else:
+        raise ValueError(f"tau must be one of {', '.join(TAUS)}, not {tau!r}")
+    distinct = np.maximum.accumulate(wanted - i) + i  # where values collide, the next free integer ...
+    return np.minimum(distinct, timesteps - steps + i).tolist()  # ... that leaves room for those to come
+
+
+def _sigma(alpha):
+    return math.sqrt((1 - alpha) / alpha)  # of Eq. 14: x_t / sqrt(alpha) = x_0 + sigma eps
+
+
+class _Multistep:
+    """Adams-Bashforth of order 1 or 2 for d(x / sqrt(alpha)) = eps d sigma (Eq. 14), as a correction to eps."""
+
+    def __init__(self, order):
+        self.order, self.last = order, None
+
+    def __call__(self, eps, alpha, alpha_next):
+        step = _sigma(alpha_next) - _sigma(alpha)
+        slope = eps
+        if self.order == 2 and self.last is not None:
+            eps_last, step_last = self.last
+            slope = eps + step / (2 * step_last) * (eps - eps_last)
+        self.last = eps, step
+        return slope
+
+
+def _full(x, t):
+    return torch.full((len(x),), t, dtype=torch.int64, device=x.device)
+
+
+@torch.inference_mode()
+def ddim_sample(model, x_T, schedule, tau, eta=0.0, *, order=1, clip_x0=False, noise=None, on_step=None):
+    """Walk from x_T to x_0 along tau (Eq. 12). Deterministic for eta = 0; eta = 1 has the variance of DDPM (Eq. 16).
+
+    model: any callable (x [N, ...], t int64 [N]) -> eps [N, ...]; x_T: [N, ...], float32 or float64, which the state keeps; tau:
+    ascending timesteps, as from ddim_timesteps. order 2: a second-order step at no further network evaluations, for eta = 0 only.
+    clip_x0: clamp each predicted x_0 to [-1, 1] and derive eps again. noise(): the next standard normal [N, ...] for eta > 0 (default
+    torch.randn_like). on_step(t, x_0): called with each prediction. Returns x_0 like x_T. ValueError for eta outside [0, 1], or order 2
+    with eta > 0.
+    """
+    if not 0 <= eta <= 1 or order not in (1, 2) or (order == 2 and eta > 0):
+        raise ValueError(f"eta must be in [0, 1] and order 1 or 2, order 2 only with eta 0; not eta {eta}, order {order}")
+    x_t, multistep = x_T, _Multistep(order)
+    for t, t_prev in reversed(list(zip(tau, [-1, *tau[:-1]]))):
+        alpha, alpha_prev = schedule.alpha(t), schedule.alpha(t_prev)
+        eps = multistep(model(x_t, _full(x_t, t)).to(x_t.dtype), alpha, alpha_prev)
+        x_0 = (x_t - math.sqrt(1 - alpha) * eps) / math.sqrt(alpha)  # Eq. 9
+        if clip_x0:
+            x_0 = x_0.clamp(-1, 1)
+            eps = (x_t - math.sqrt(alpha) * x_0) / math.sqrt(1 - alpha)
+        sigma = eta * math.sqrt((1 - alpha_prev) / (1 - alpha)) * math.sqrt(1 - alpha / alpha_prev)  # Eq. 16
+        x_t = math.sqrt(alpha_prev) * x_0 + math.sqrt(1 - alpha_prev - sigma**2) * eps  # Eq. 12
+        if sigma > 0:
+            x_t += sigma * (noise() if noise else torch.randn_like(x_t))
+        if on_step:
+            on_step(t, x_0)
+    return x_t
+
+
+@torch.inference_mode()
+def ddim_encode(model, x_0, schedule, tau, *, order=1):
+    """Walk from x_0 to its code x_T: the ODE of ddim_sample, run the other way (Sec. 4.3, Eq. 14).
+
+    Arguments and errors as for ddim_sample. eps is taken where a step starts; there is no network for alpha = 1, so the first step
+    asks the one of tau[0]. Returns x_T like x_0.
+    """
+    x_t, multistep = x_0, _Multistep(order)
+    for t, t_next in zip([-1, *tau[:-1]], tau):
+        alpha, alpha_next = schedule.alpha(t), schedule.alpha(t_next)
+        eps = multistep(model(x_t, _full(x_t, max(t, tau[0]))).to(x_t.dtype), alpha, alpha_next)
+        x_t = math.sqrt(alpha_next) * (x_t / math.sqrt(alpha) + (_sigma(alpha_next) - _sigma(alpha)) * eps)
+    return x_t
+
+
+def slerp(a, b, weight):
+    """Spherical interpolation of two noises, image by image (App. D.5). a, b: [N, ...]; weight: float or [N], 0 gives a, 1 gives b."""
+    weight = torch.as_tensor(weight, dtype=a.dtype, device=a.device).expand(len(a)).view(-1, *[1] * (a.ndim - 1))
+    norms = a.flatten(1).norm(dim=1) * b.flatten(1).norm(dim=1)
+    cosine = (a.flatten(1) * b.flatten(1)).sum(1) / norms.clamp(min=torch.finfo(a.dtype).tiny)
+    theta = cosine.clamp(-1, 1).acos().view_as(weight)
+    parallel = theta.sin() < 1e-6  # the arc is a line, or not unique
+    safe = torch.where(parallel, 1.0, theta.sin())
+    weight_a = torch.where(parallel, 1 - weight, ((1 - weight) * theta).sin() / safe)
+    weight_b = torch.where(parallel, weight, (weight * theta).sin() / safe)
+    return weight_a * a + weight_b * b
+
+
+# ---- Data ------------------------------------------------------------------------------------------------------------
+# Images are uint8 [N, 3, 32, 32] at rest. Every draw is a function of (seed, what for, position): nothing to save, nothing to lose.
+
+SIZE = 32
+HELD_OUT = 256  # images of the held-out loss
+CIFAR10_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"
+
+
+class UserError(Exception):
+    """A mistake or a misfortune that one line explains."""
+
+
+class Offline(UserError):
+    """CIFAR-10 is neither here nor to be downloaded."""
+
+
+def rng(*key):
+    return np.random.default_rng(key)
+
+
+def torch_seed(*key):
+    return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0])
+
+
+def load_images(dataset, data_dir):
+    """The training and the held-out images of cifar10, folder or synthetic, uint8 [N, 3, 32, 32] each. UserError if there are none."""
+    if dataset == "synthetic":
+        return draw_shapes(10_000, seed=0), draw_shapes(HELD_OUT, seed=1)
+    if dataset == "folder":
+        images = read_folder(Path(data_dir))
+        every = max(10, len(images) // HELD_OUT)
+        held_out = torch.arange(len(images)) % every == every - 1
+        return (images[~held_out], images[held_out]) if held_out.any() else (images, images)
+    return tuple(torch.from_numpy(split.data).permute(0, 3, 1, 2).contiguous() for split in open_cifar10(data_dir))
+
+
+def open_cifar10(data_dir):
+    """torchvision's train and test splits, downloaded if they are not in data_dir, md5-checked either way."""
+    from torchvision.datasets import CIFAR10  # here, because the import takes a second that other data sets need not wait for
+    from torchvision.datasets.utils import calculate_md5
+
+    def splits():
+        return [CIFAR10(data_dir, train=train) for train in (True, False)]
+
+    try:
+        return splits()
+    except RuntimeError:  # torchvision's word for "not there, or not whole"
+        pass
+    timeout = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(30)
+    try:
+        print(f"Downloading CIFAR-10 (163 MB) to {Path(data_dir).resolve()}", flush=True)
+        with contextlib.nullcontext() if sys.stderr.isatty() else contextlib.redirect_stderr(io.StringIO()):
+            CIFAR10(data_dir, download=True)
+        return splits()
+    except (OSError, RuntimeError, EOFError) as error:  # no network, a silent server, an archive cut short, no permission
+        reason = getattr(error, "reason", error)
+    finally:
+        socket.setdefaulttimeout(timeout)
+    known = [(CIFAR10.base_folder + "/" + name, md5) for name, md5 in CIFAR10.train_list + CIFAR10.test_list]
+    for name, md5 in [*known, (CIFAR10.filename, CIFAR10.tgz_md5)]:
+        file = Path(data_dir, name)
+        if file.is_file() and (found := calculate_md5(str(file))) != md5:
+            raise UserError(f"{file} is corrupt or cut short: its md5 is {found}, the right one {md5}; delete it and fetch it again")
+    if isinstance(reason, (PermissionError, NotADirectoryError, FileExistsError)):
+        raise UserError(f"--data-dir {data_dir}: cannot write CIFAR-10 there ({reason})")
+    raise Offline(
+        f"CIFAR-10 is not in {Path(data_dir).resolve()} and could not be downloaded ({reason}). Fetch {CIFAR10_URL} "
+        f"(md5 {CIFAR10.tgz_md5}) into that folder, or use --dataset synthetic"
+    )
+
+
+def read_folder(folder):
+    """Every readable image below the folder, in order of names: turned upright, resized, centre-cropped. The others are named."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.suffix.lower() in Image.registered_extensions())
+
+    def read(path):
+        try:
+            with Image.open(path) as image:
+                image.draft("RGB", (4 * SIZE, 4 * SIZE))  # a JPEG is decoded no larger than needed
+                image = ImageOps.exif_transpose(image)
+                if image.mode.startswith("I") or image.mode == "F":  # 16 bits and more, which Pillow would clip to 255
+                    pixels = np.asarray(image, dtype=np.float64)
+                    image = Image.fromarray((pixels / (257 if pixels.max() > 255 else 1)).clip(0, 255).round().astype(np.uint8))
+                if image.has_transparency_data:
+                    image = image.convert("RGBA")
+                    image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+                return np.asarray(ImageOps.fit(image.convert("RGB"), (SIZE, SIZE), Image.Resampling.LANCZOS))
+        except Exception as error:  # Pillow's decoders raise nearly everything
+            tqdm.write(f"warning: skipped {path}: {error}", file=sys.stderr)
+
+    with ThreadPoolExecutor() as pool:
+        images = [image for image in progress(pool.map(read, files), total=len(files), desc="reading", unit="image") if image is not None]
+    if not images:
+        what = f"none of its {len(files)} image files can be read" if files else "it holds no image files" if folder.is_dir() else "no such folder"
+        raise UserError(f"--data-dir {folder}: {what}")
+    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()
+
+
+def draw_shapes(count, seed):
+    """Discs, squares and diamonds of any colour on shaded grounds: easy to learn, easy to judge."""
+    draw = rng(seed, count)
+    y, x = np.mgrid[:SIZE, :SIZE].astype(np.float32)
+    kind, centre, radius, turn, ground, ink = (
+        draw.integers(3, size=(count, 1, 1)),
+        draw.uniform(10, SIZE - 11, (2, count, 1, 1)),
+        draw.uniform(4, 10, (count, 1, 1)),
+        draw.uniform(-1, 1, (2, count, 1, 1)),
+        draw.uniform(0, 255, (count, 3, 1, 1)),
+        draw.uniform(0, 255, (count, 3, 1, 1)),
+    )
+    dx, dy = np.abs(x - centre[0]), np.abs(y - centre[1])
+    distance = np.choose(kind, [np.hypot(dx, dy), np.maximum(dx, dy), dx + dy])
+    cover = np.clip(radius - distance + 0.5, 0, 1)[:, None]  # one pixel of anti-aliasing
+    shade = 1 + (turn[0] * (x - SIZE / 2) + turn[1] * (y - SIZE / 2))[:, None] / SIZE / 2
+    images = cover * ink + (1 - cover) * ground * shade
+    return torch.from_numpy(np.clip(images.round(), 0, 255).astype(np.uint8))
+
+
+class Images(torch.utils.data.Dataset):
+    """uint8 images; a whole batch is fetched in one indexing operation."""
+
+    def __init__(self, images):
+        self.images = images
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, index):
+        return self.images[index]
+
+    def __getitems__(self, indices):
+        return self.images[torch.as_tensor(indices)]
+
+
+class Order:
+    """Which images step n of training sees, for n = first .. last-1: a slice of an endless chain of permutations, one per pass.
+
+    Yields the indices of this process's share of the global batch.
+    """
+
+    def __init__(self, count, batch_size, seed, first, last, rank=0, world_size=1):
+        self.count, self.seed, self.steps, self.batch_size = count, seed, range(first, last), batch_size
+        share = batch_size // world_size
+        self.share = slice(rank * share, (rank + 1) * share)
+        self.permutation = functools.lru_cache(maxsize=2)(lambda number: rng(seed, 0, number).permutation(count))
+
+    def __len__(self):
+        return len(self.steps)
+
+    def __iter__(self):
+        for n in self.steps:
+            positions = range(n * self.batch_size, (n + 1) * self.batch_size)[self.share]
+            yield [int(self.permutation(position // self.count)[position % self.count]) for position in positions]
+
+
+def make_loader(images, order, device):
+    return torch.utils.data.DataLoader(
+        Images(images), batch_sampler=order, collate_fn=lambda batch: batch, pin_memory=device.type == "cuda"
+    )
+
+
+def to_float(images):
+    return images.float() / 127.5 - 1
+
+
+def to_uint8(x):
+    """[-1, 1] to 0..255, rounded and clamped: the inverse of u8 / 127.5 - 1."""
+    return ((x + 1) * 127.5).clamp(0, 255).round().to(torch.uint8)
+
+
+class Draws:
+    """Flips, t and eps of step n, drawn on the device from (seed, n) for the whole global batch; a process takes its share."""
+
+    def __init__(self, batch_size, timesteps, seed, device, rank=0, world_size=1):
+        self.batch_size, self.timesteps, self.seed, self.device, self.rank = batch_size, timesteps, seed, device, rank
+        self.share = slice(rank * batch_size // world_size, (rank + 1) * batch_size // world_size)
+        self.generator = torch.Generator(device)
+
+    def __call__(self, n):
+        """Returns flip bool [B, 1, 1, 1], t int64 [B], eps float32 [B, 3, 32, 32], and leaves torch's own generators (dropout) at (seed, n, rank)."""
+        self.generator.manual_seed(torch_seed(self.seed, 1, n))
+        torch.manual_seed(torch_seed(self.seed, 2, n, self.rank))
+        on = {"generator": self.generator, "device": self.device}
+        flip = torch.rand(self.batch_size, 1, 1, 1, **on) < 0.5
+        t = torch.randint(self.timesteps, (self.batch_size,), **on)
+        eps = torch.randn(self.batch_size, 3, SIZE, SIZE, **on)
+        return flip[self.share], t[self.share], eps[self.share]
+
+
+# ---- Training --------------------------------------------------------------------------------------------------------
+
+
+def say(text):
+    """A line on stdout that does not tear the progress bar."""
+    tqdm.write(text, file=sys.stdout)
+    sys.stdout.flush()
+
+
+def progress(items=None, **options):
+    return tqdm(items, disable=None, dynamic_ncols=True, **options)  # None: silent when stderr is no terminal
+
+
+class World:
+    """The processes of this run: one, or those that torchrun started."""
+
+    def __init__(self, device):
+        self.rank, self.size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        local = int(os.environ.get("LOCAL_RANK", 0))
+        available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+        kind = next(name for name, there in available.items() if there) if device == "auto" else device
+        if not available[kind.partition(":")[0]]:
+            raise UserError(f"--device {device}: not available here; choose {', '.join(k for k, there in available.items() if there)}")
+        if kind == "cuda":
+            kind = f"cuda:{local}"
+            if local >= torch.cuda.device_count():
+                raise UserError(f"process {local} has no GPU: --nproc_per_node must be at most {torch.cuda.device_count()}")
+        self.device = torch.device(kind)
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
+        torch.set_num_threads(max(1, available_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+        if self.size > 1:
+            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
+
+    @property
+    def chief(self):
+        return self.rank == 0
+
+    def close(self):
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+    def gather(self, item):
+        """The items of all processes, in order of rank."""
+        items = [item]
+        if self.size > 1:
+            items = [None] * self.size
+            dist.all_gather_object(items, item)
+        return items
+
+    def mean(self, value):
+        if self.size > 1:
+            dist.all_reduce(value)
+            value /= self.size
+        return value
+
+    def max(self, number):
+        if self.size == 1:
+            return number
+        number = torch.tensor(number, device=self.device)
+        dist.all_reduce(number, dist.ReduceOp.MAX)
+        return int(number)
+
+
+def available_cores():
+    """The cores this process may use, which in a container can be fewer than the host shows."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    with contextlib.suppress(OSError, ValueError):
+        quota, period = map(int, Path("/sys/fs/cgroup/cpu.max").read_text().split())  # "max 100000" without a limit
+        cores = min(cores, max(1, quota // period))
+    return cores
+
+
+class Stopped(BaseException):
+    """A signal asked for the end."""
+
+
+class Signals:
+    """Ctrl-C, SIGTERM and a closed terminal: an exception at once, except while work is `postponing` them. A second Ctrl-C quits."""
+
+    def __init__(self):
+        self.received, self.since, self.patient = 0, 0.0, False
+        self.previous = {}
+
+    def __enter__(self):
+        for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+            signum = getattr(signal, name, None)
+            if signum and signal.getsignal(signum) != signal.SIG_IGN:  # ignored: nohup, or a job in the background
+                self.previous[signum] = signal.signal(signum, self.handle)
+        return self
+
+    def __exit__(self, *_):
+        for signum, handler in self.previous.items():
+            signal.signal(signum, handler)
+
+    def handle(self, signum, frame):
+        if signum == getattr(signal, "SIGHUP", None):  # the terminal is gone: writing to it would fail
+            for stream in (1, 2):
+                if stat.S_ISCHR(os.fstat(stream).st_mode):
+                    os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
+        if not self.received:
+            self.received, self.since = signum, time.monotonic()
+        elif signum == signal.SIGINT and time.monotonic() - self.since > 1:  # sooner it is torchrun repeating the first
+            os._exit(128 + signum)
+        if not self.patient:
+            raise Stopped(signum)
+
+    @contextlib.contextmanager
+    def postponing(self, patient=True):
+        before, self.patient = self.patient, patient
+        try:
+            yield
+        finally:
+            self.patient = before
+        if self.received and not self.patient:
+            raise Stopped(self.received)
+
+
+@contextlib.contextmanager
+def atomic(path):
+    """A binary file that appears under its name complete and on disk, or not at all."""
+    path = Path(path)
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        with contextlib.suppress(OSError), open_folder(path.parent) as folder:  # the rename, too, has to reach the disk
+            os.fsync(folder)
+    except (OSError, RuntimeError) as error:  # torch.save hides a full disk in a RuntimeError
+        raise UserError(f"cannot write {path.resolve()}: {error.__context__ or error}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def open_folder(path):
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+@dataclass
+class State:
+    """What training changes, and a checkpoint holds."""
+
+    model: UNet
+    ema: UNet
+    optimizer: torch.optim.Optimizer
+    step: int = 0
+
+
+FORMAT = 1
+UNET_FLAGS = ("channels", "channel_mults", "res_blocks", "attn_resolutions", "dropout")
+
+
+def save_checkpoint(path, state, config):
+    """Tensors and plain values only, so that torch.load(weights_only=True) reads it."""
+    parts = {"model": state.model.state_dict(), "ema": state.ema.state_dict(), "optimizer": state.optimizer.state_dict()}
+    with atomic(path) as file:
+        torch.save({"format": FORMAT, "config": config, "step": state.step, **parts}, file)
+
+
+def load_checkpoint(path, device):
+    """Read and validate a checkpoint without running anything in it: a dict of format, config, step, model, ema, optimizer.
+
+    Also takes published weights in diffusers' naming (.bin, .safetensors): a dict of config (the network's flags) and ema alone.
+    UserError, naming the file and the reason, for anything else.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"checkpoint {path}: no such file")
+    try:
+        if path.suffix == ".safetensors":
+            checkpoint = read_safetensors(path, device)
+        else:
+            if zipfile.is_zipfile(path) and (damaged := zipfile.ZipFile(path).testzip()):  # torch.load does not check the CRCs
+                raise UserError(f"checkpoint {path}: damaged at {damaged}")
+            checkpoint = torch.load(path, map_location=device, weights_only=True)
+    except UserError:
+        raise
+    except MemoryError:
+        raise
+    except Exception as error:  # the unpickler's, the zip reader's and the storages' own errors are of many kinds
+        what = "holds more than tensors and plain values; none of it was run" if "weights_only" in str(error) else "damaged or cut short"
+        raise UserError(f"checkpoint {path}: not a checkpoint of this program, {what}") from error
+    if isinstance(checkpoint, dict) and "conv_in.weight" in checkpoint:
+        checkpoint = published_weights(checkpoint)
+    problem = find_problem(checkpoint)
+    if problem:
+        raise UserError(f"checkpoint {path}: {problem}")
+    return checkpoint
+
+
+def find_problem(checkpoint):
+    """What is wrong with a checkpoint, or None."""
+    if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("config"), dict):
+        return "not a checkpoint of this program"
+    if not isinstance(checkpoint.get("format"), int):
+        return "not a checkpoint of this program (no format version)"
+    if checkpoint["format"] > FORMAT:
+        return f"written by a newer version of this program (format {checkpoint['format']}, this one reads {FORMAT})"
+    missing = {"step", "model", "ema", "optimizer"} - checkpoint.keys() if "step" in checkpoint else {"ema"} - checkpoint.keys()
+    if missing:
+        return f"incomplete, {', '.join(sorted(missing))} missing"
+    try:
+        with torch.device("meta"):
+            expected = UNet(**{name: checkpoint["config"][name] for name in UNET_FLAGS})
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, OverflowError) as error:
+        return f"its config describes no network ({type(error).__name__}: {error})"
+    shapes = {name: value.shape for name, value in expected.state_dict().items()}
+    for part in [part for part in ("model", "ema") if part in checkpoint]:
+        weights = checkpoint[part]
+        if not isinstance(weights, dict) or {name: getattr(value, "shape", None) for name, value in weights.items()} != shapes:
+            return f"the weights of {part} do not fit the network of its config"
+        if not all(value.is_floating_point() and value.isfinite().all() for value in weights.values()):
+            return f"the weights of {part} are not all finite"
+    if "step" in checkpoint:
+        if not isinstance(checkpoint["step"], int) or checkpoint["step"] < 0:
+            return "its step is no count"
+        return find_optimizer_problem(checkpoint["optimizer"], list(shapes.values()))
+
+
+def find_optimizer_problem(optimizer, shapes):
+    try:
+        (group,), moments = optimizer["param_groups"], optimizer["state"]
+        fits = list(group["params"]) == list(range(len(shapes))) and all(
+            moment[name].shape == shapes[index] and bool(moment[name].isfinite().all())
+            for index, moment in moments.items() for name in ("exp_avg", "exp_avg_sq")
+        )  # fmt: skip
+        fits = fits and all(float(moment["step"]) >= 0 for moment in moments.values()) and len(moments) in (0, len(shapes))
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError):
+        fits = False
+    return None if fits else "its optimizer state does not fit the network"
+
+
+def read_safetensors(path, device):
+    """8 bytes of length, a JSON header, then the tensors: the whole format."""
+    data = path.read_bytes()
+    (length,) = struct.unpack_from("<Q", data)
+    header = json.loads(data[8 : 8 + length])
+    tensors = {}
+    for name, entry in header.items():
+        if name != "__metadata__":
+            begin, end = entry["data_offsets"]
+            dtype = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}[entry["dtype"]]
+            flat = torch.frombuffer(bytearray(data[8 + length + begin : 8 + length + end]), dtype=dtype)
+            tensors[name] = flat.view(entry["shape"]).float().to(device)
+    return tensors
+
+
+def write_safetensors(file, tensors):
+    header, offset = {}, 0
+    for name, value in tensors.items():
+        end = offset + 4 * value.numel()
+        header[name] = {"dtype": "F32", "shape": list(value.shape), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps({"__metadata__": {"format": "pt"}, **header}).encode()
+    text += b" " * (-len(text) % 8)
+    file.write(struct.pack("<Q", len(text)) + text)
+    for value in tensors.values():
+        file.write(value.float().cpu().contiguous().numpy().tobytes())
+
+
+def published_weights(weights):
+    """A checkpoint made of a state dict in diffusers' naming; the network's flags are read off its keys and shapes."""
+    old_names = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
+    for old, new in old_names.items():
+        weights = {name.replace(old, new): value for name, value in weights.items()}
+    config = {"dropout": 0.1}
+    with contextlib.suppress(KeyError, AttributeError, ZeroDivisionError):
+        config["channels"] = weights["conv_in.weight"].shape[0]
+        levels = [level for level in range(9) if f"down_blocks.{level}.resnets.0.conv1.weight" in weights]
+        widths = [weights[f"down_blocks.{level}.resnets.0.conv1.weight"].shape[0] for level in levels]
+        config["channel_mults"] = [width // config["channels"] for width in widths]
+        config["res_blocks"] = sum(f"down_blocks.0.resnets.{i}.conv1.weight" in weights for i in range(99))
+        config["attn_resolutions"] = [SIZE >> i for i in levels if f"down_blocks.{i}.attentions.0.to_q.weight" in weights]
+    return {"format": FORMAT, "config": config, "ema": weights}
+
+
+def learning_rate(n, total, peak, warmup, decay):
+    """Linear warm-up over `warmup` steps, then constant, or to zero over the last share `decay` of the run."""
+    remaining = (total - n) / max(1, decay * total)
+    return peak * min(1.0, (n + 1) / max(1, warmup), remaining if decay else 1.0)
+
+
+def update_ema(ema, model, n, decay):
+    """ema = d ema + (1 - d) model with d = min(decay, (1 + n) / (10 + n)) at update n, in one pass over the parameters."""
+    d = min(decay, (1 + n) / (10 + n))
+    torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - d)
+
+
+class Log:
+    """ddim_log.csv, one row per optimizer step; rows behind the step a run resumes from are dropped, never written twice. And the bar."""
+
+    COLUMNS = ["step", "epoch", "loss", "val_loss", "lr", "grad_norm", "images_per_s", "seconds"]
+
+    def __init__(self, path, step, total):
+        kept = []
+        if step and path.is_file():
+            rows = csv.reader(path.read_text(errors="replace").splitlines())
+            kept = [row for row in rows if len(row) == len(self.COLUMNS) and row[0].isdigit() and int(row[0]) <= step]
+        with atomic(path) as file:
+            file.write("".join(",".join(row) + "\n" for row in [self.COLUMNS, *kept]).encode())
+        self.seconds = float(kept[-1][-1]) if kept else 0.0
+        self.file = open(path, "a", newline="", buffering=1)
+        self.writer = csv.writer(self.file, lineterminator="\n")
+        self.recent = collections.deque(maxlen=100)
+        self.bar = progress(total=total, initial=step, unit="step")
+
+    def add(self, step, epoch, loss, lr, grad_norm, images, seconds, val_loss=""):
+        self.seconds += seconds
+        self.recent.append(loss)
+        row = (f"{value:.7g}" if isinstance(value, float) else value for value in (loss, val_loss, lr, grad_norm, images / seconds, self.seconds))
+        self.writer.writerow([step, epoch, *row])
+        self.bar.update()
+        self.bar.set_postfix_str(f"loss {np.nanmean(self.recent):.4f}, {images / seconds:,.1f} images/s", refresh=False)
+
+    def close(self):
+        self.file.close()
+        self.bar.close()
+
+
+@dataclass
+class Run:
+    """Where and how the network runs."""
+
+    world: World
+    signals: Signals
+    precision: str
+    compile: str
+    out_dir: Path
+    saved: Path | None = None  # the newest checkpoint
+
+    def autocast(self):
+        return torch.autocast(self.world.device.type, torch.bfloat16, enabled=self.precision == "bf16")
+
+    def compiled(self, network, evaluations):
+        """The network compiled, where that was asked for or where so many evaluations earn back the minute it takes."""
+        earned = self.world.device.type == "cuda" and evaluations >= 2000 and importlib.util.find_spec("triton")
+        return torch.compile(network) if self.compile == "on" or (self.compile == "auto" and earned) else network
+
+
+def choose_precision(asked, device):
+    """bf16 where matrix units compute it, at several times the speed of fp32: GPUs since Ampere, CPUs with AMX."""
+    if device.type == "cuda":
+        fast = torch.cuda.get_device_capability(device) >= (8, 0)
+    else:
+        fast = device.type == "cpu" and getattr(torch.cpu, "get_capabilities", dict)().get("amx_bf16", False)
+    return asked if asked != "auto" else "bf16" if fast else "fp32"
+
+
+class HeldOut:
+    """The loss on fixed images, noises and evenly spread t: it falls while the training loss, noisy by nature, looks flat."""
+
+    def __init__(self, images, schedule, run):
+        images, device = images[:HELD_OUT], run.world.device
+        self.run = run
+        self.t = (torch.arange(len(images)) * schedule.timesteps // len(images)).to(device)
+        self.eps = torch.from_numpy(rng(0, 3).standard_normal(images.shape, dtype=np.float32)).to(device)
+        self.x_t = schedule.add_noise(to_float(images.to(device)), self.eps, self.t).contiguous(memory_format=torch.channels_last)
+
+    @torch.inference_mode()
+    def __call__(self, model):
+        world = self.run.world
+        total = torch.zeros((), device=world.device)
+        for x_t, t, eps in list(zip(*(part.split(32) for part in (self.x_t, self.t, self.eps))))[world.rank :: world.size]:
+            with self.run.autocast():
+                predicted = model(x_t, t)
+            total += (predicted.float() - eps).square().sum()
+        return float(world.mean(total)) * world.size / self.eps.numel()
+
+
+BAD_STEPS = 10  # in a row, before giving up
+
+
+class Diverged(Exception):
+    """Too many steps in a row without a finite loss or gradient."""
+
+
+def make_step(state, schedule, args, run):
+    """step(batch): one optimizer step on uint8 images, this process's share; returns loss and gradient norm, on the device, and lr."""
+    world, device, total = run.world, run.world.device, args.epochs * args.iterations
+    draws = Draws(args.batch_size, schedule.timesteps, args.seed, device, world.rank, world.size)
+    parameters = list(state.model.parameters())
+    network = run.compiled(state.model.train(), total - state.step)
+    if world.size > 1:
+        network = nn.parallel.DistributedDataParallel(network, gradient_as_bucket_view=True, broadcast_buffers=False)
+
+    def step(batch):  # nothing in here waits for the device
+        flip, t, eps = draws(state.step)
+        x_0 = to_float(batch.to(device, non_blocking=True))
+        x_t = schedule.add_noise(torch.where(flip, x_0.flip(3), x_0), eps, t)
+        with run.autocast():
+            predicted = network(x_t.contiguous(memory_format=torch.channels_last), t)
+        loss = F.mse_loss(predicted.float(), eps)  # Eq. 5 with gamma = 1
+        state.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        grad_norm = nn.utils.clip_grad_norm_(parameters, args.grad_clip)
+        loss = world.mean(loss.detach())
+        lr = learning_rate(state.step, total, args.lr, args.warmup, args.lr_decay)
+        state.optimizer.param_groups[0]["lr"] = lr
+        state.optimizer.found_inf = (~(loss + grad_norm).isfinite()).float()  # 1: the fused kernel leaves everything as it is
+        state.optimizer.step()
+        update_ema(state.ema, state.model, state.step, args.ema_decay)
+        state.step += 1
+        return loss, grad_norm, lr
+
+    return step
+
+
+def train(state, images, held_out, schedule, args, config, run, preview):
+    """Take steps state.step .. epochs * iterations - 1, write log and checkpoints, call preview(epoch) after each epoch checkpoint.
+
+    Raises Stopped when a signal came, with ddim_model_last.pth saved, and Diverged after BAD_STEPS bad steps in a row.
+    """
+    world, device, total = run.world, run.world.device, args.epochs * args.iterations
+    share = {"rank": world.rank, "world_size": world.size}
+    loader = make_loader(images, Order(len(images), args.batch_size, args.seed, state.step, total, **share), device)
+    held_out_loss = HeldOut(held_out, schedule, run)
+    step = make_step(state, schedule, args, run)
+
+    def save(name):
+        nonlocal last_save
+        if world.chief:
+            save_checkpoint(run.out_dir / name, state, config)
+            say(f"saved {run.out_dir / name}")
+        run.saved, last_save = run.out_dir / name, time.monotonic()
+
+    log = Log(run.out_dir / "ddim_log.csv", state.step, total) if world.chief else None
+    log_every = 1 if device.type == "cpu" else 10  # to read a loss is to wait for the device
+    pending, epoch_losses, bad, skipped = [], [], 0, 0
+    clock = last_save = time.monotonic()
+    with run.signals.postponing(), contextlib.closing(log) if log else contextlib.nullcontext():
+        for batch in loader:
+            pending.append(step(batch))
+            epoch, rest = divmod(state.step, args.iterations)
+            if rest and state.step % log_every and not (run.signals.received and world.size == 1):
+                continue
+
+            losses, norms = torch.stack([torch.stack(entry[:2]) for entry in pending]).T.tolist()
+            seconds = (time.monotonic() - clock) / len(pending)
+            due = not rest and (epoch % args.save_every == 0 or state.step == total)
+            val_loss = held_out_loss(state.ema) if due else ""
+            for n, loss, grad_norm, entry in zip(itertools.count(state.step - len(pending)), losses, norms, pending):
+                last = n + 1 == state.step
+                if log:
+                    log.add(n + 1, n // args.iterations + 1, loss, entry[2], grad_norm, args.batch_size, seconds, val_loss if last else "")
+                epoch_losses.append(loss)
+                bad = 0 if math.isfinite(loss + grad_norm) else bad + 1
+                skipped += bad > 0
+            pending.clear()
+            if bad >= BAD_STEPS:
+                raise Diverged
+            if not rest:
+                if log:
+                    line = f"epoch {epoch}/{args.epochs}  step {state.step:,}  loss {np.nanmean(epoch_losses):.4f}"
+                    line += f"  held-out loss {val_loss:.4f}" if due else ""
+                    say(line + f"  {args.batch_size / seconds:,.1f} images/s" + (f"  {skipped} bad steps skipped" if skipped else ""))
+                epoch_losses.clear()
+
+            stop = world.max(run.signals.received)
+            if due and epoch % args.save_every == 0:
+                save(f"ddim_model_epoch_{epoch}.pth")
+            if state.step == total:
+                save("ddim_model_final.pth")
+            elif stop or time.monotonic() - last_save >= 60 * args.save_minutes:
+                save("ddim_model_last.pth")
+            if stop:
+                raise Stopped(stop)
+            if due and epoch % args.save_every == 0:
+                with run.signals.postponing(False):
+                    preview(epoch)
+                state.model.train()
+            clock = time.monotonic()
+
+
+# ---- Pictures --------------------------------------------------------------------------------------------------------
+
+
+class Sampler:
+    """Makes images by number. Image i comes from x_T of (seed, i) alone, whatever else is asked for and on however many processes."""
+
+    def __init__(self, model, schedule, args, run, evaluations=0):
+        self.model, self.schedule, self.args, self.run = model, schedule, args, run
+        self.device = run.world.device
+        self.network = run.compiled(model.eval(), evaluations)
+        self.fixed_size = self.network is not model  # another batch size would be compiled anew
+        self.bar = None
+
+    def eps(self, x, t):
+        with self.run.autocast():
+            eps = self.network(x, t)
+        if self.bar:
+            self.bar.update(len(x) * self.run.world.size)
+        return eps
+
+    def noise(self, indices, stream=4):
+        return self.normal([rng(self.args.seed, stream, i) for i in indices])
+
+    def normal(self, generators):
+        x = np.stack([generator.standard_normal((3, SIZE, SIZE), dtype=np.float32) for generator in generators])
+        return torch.from_numpy(x).to(self.device).contiguous(memory_format=torch.channels_last)
+
+    def tau(self, steps):
+        return ddim_timesteps(self.schedule.timesteps, steps, self.args.tau, self.schedule)
+
+    def sample(self, indices, steps, x_T=None, **options):
+        args = self.args
+        x_T = self.noise(indices) if x_T is None else x_T
+        generators = [rng(args.seed, 5, i) for i in indices] if args.eta else []
+        options |= {"order": args.order, "clip_x0": args.clip_x0, "noise": lambda: self.normal(generators)}
+        return ddim_sample(self.eps, x_T, self.schedule, self.tau(steps), args.eta, **options)
+
+    @torch.inference_mode()
+    def batch_size(self):
+        if self.args.sample_batch_size:
+            return self.args.sample_batch_size
+        if self.device.type != "cuda":
+            return 64
+        probe = self.noise(range(16))
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        self.model(probe, _full(probe, 0))  # not compiled and in float32: an upper bound
+        per_image = (torch.cuda.max_memory_allocated() - before) / len(probe)
+        return max(1, min(2048, int(0.8 * torch.cuda.mem_get_info()[0] / per_image)))
+
+    def over(self, indices, function, evaluations, desc):
+        """Yield (chunk, function(chunk)) for chunks of the indices, in order, on every process; the processes compute in turn.
+
+        function: list of indices -> tensor with a row each; evaluations: of the network, per index.
+        """
+        world = self.run.world
+        chunks = math.ceil(len(indices) / self.batch_size())
+        chunks = min(len(indices), math.ceil(chunks / world.size) * world.size)
+        chunks = [chunk.tolist() for chunk in np.array_split(np.asarray(indices), chunks)] if chunks else []
+        with progress(total=len(indices) * evaluations, desc=desc, bar_format="{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}") as bar:
+            self.bar = bar if world.chief else None
+            for first in range(0, len(chunks), world.size):
+                turn = chunks[first : first + world.size]
+                mine = self.halving(function, turn[world.rank], len(chunks[0])) if world.rank < len(turn) else None
+                yield from zip(turn, world.gather(mine))
+            self.bar = None
+
+    def halving(self, function, chunk, size):
+        """function(chunk), in halves where memory does not suffice."""
+        try:
+            padding = [chunk[-1]] * (size - len(chunk)) if self.fixed_size else []
+            return function(chunk + padding)[: len(chunk)].cpu()
+        except (MemoryError, RuntimeError) as error:
+            if not out_of_memory(error) or len(chunk) == 1:
+                raise
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        half = len(chunk) // 2
+        return torch.cat([self.halving(function, part, half) for part in (chunk[:half], chunk[half:])])
+
+    def all(self, count, function, evaluations, desc):
+        return torch.cat([result for _, result in self.over(range(count), function, evaluations, desc)])
+
+    def images(self, indices, steps):
+        """Yields (chunk of indices, uint8 [len(chunk), 3, 32, 32])."""
+        return self.over(indices, lambda chunk: to_uint8(self.sample(chunk, steps)), steps, "sampling")
+
+
+def out_of_memory(error):
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "not enough memory" in str(error) or "out of memory" in str(error)
+
+
+def draw_grid(images, columns=None, row_labels=(), column_labels=(), scale=None):
+    """A Pillow image of uint8 [N, 3, H, W] in rows, ceil(sqrt(N)) wide by default, with labels at the left and on top."""
+    columns = columns or math.ceil(math.sqrt(len(images)))
+    rows = math.ceil(len(images) / columns)
+    scale = scale or max(1, min(4, 560 // (columns * SIZE)))
+    side, gap, font = SIZE * scale, 2, ImageFont.load_default()
+    left = max((math.ceil(font.getlength(label)) + 8 for label in row_labels), default=gap)
+    top = 16 if column_labels else gap
+    sheet = Image.new("RGB", (left + columns * (side + gap), top + rows * (side + gap)), "white")
+    for i, image in enumerate(images):
+        row, column = divmod(i, columns)
+        tile = Image.fromarray(image.permute(1, 2, 0).numpy()).resize((side, side), Image.Resampling.NEAREST)
+        sheet.paste(tile, (left + column * (side + gap), top + row * (side + gap)))
+    draw = ImageDraw.Draw(sheet)
+    for row, label in enumerate(row_labels):
+        draw.text((left - 5, top + row * (side + gap) + side / 2), label, "black", font, anchor="rm")
+    for column, label in enumerate(column_labels):
+        draw.text((left + column * (side + gap) + side / 2, top / 2), label, "black", font, anchor="mm")
+    return sheet
+
+
+def save_grid(images, path, **layout):
+    """Write a grid as PNG. images: uint8 [N, 3, H, W]."""
+    with atomic(path) as file:
+        draw_grid(images, **layout).save(file, "PNG")
+    say(f"wrote {path}")
+
+
+def save_samples(sampler, path, export=None):
+    """The grid of the first images, and all of them in `export` if that is given."""
+    count, steps, chief = sampler.args.num_samples, sampler.args.sample_steps[-1], sampler.run.world.chief
+    writer = Export(export, count, sampler) if export else None
+    todo = writer.todo() if export else range(min(count, 256))
+    shown = {}
+    with ThreadPoolExecutor(1) as pool:  # files are written while the next images are computed
+        writing = []
+        for chunk, images in sampler.images(todo, steps):
+            shown |= {i: image for i, image in zip(chunk, images) if i < 256}
+            if export and chief:
+                writing.append(pool.submit(writer.add, chunk, images))
+        for job in writing:
+            job.result()
+    if chief:
+        if export:
+            writer.finish()
+        save_grid(torch.stack([shown[i] if i in shown else writer.read(i) for i in range(min(count, 256))]), path)
+
+
+class Export:
+    """Exactly `count` images as an .npz (complete or absent) or as a folder of PNGs (which goes on where it was stopped)."""
+
+    def __init__(self, path, count, sampler):
+        self.path, self.count = Path(path).resolve(), count
+        self.archive = np.zeros((count, SIZE, SIZE, 3), np.uint8) if self.path.suffix == ".npz" else None
+        if self.archive is None and sampler.run.world.chief:
+            self.prepare_folder(sampler)
+        sampler.run.world.gather(None)  # the others wait for the folder
+
+    def file(self, i):
+        return self.path / f"{i:05d}.png"
+
+    def prepare_folder(self, sampler):
+        """A folder holds images of one origin only, which a hidden file in it states."""
+        crc = 0
+        for value in sampler.model.state_dict().values():
+            crc = zlib.crc32(value.cpu().contiguous().numpy().tobytes(), crc)
+        names = ("seed", "sample_steps", "tau", "order", "eta", "clip_x0", "timesteps", "beta_start", "beta_end")
+        origin = {"weights_crc32": crc} | {name: getattr(sampler.args, name) for name in names}
+        note = self.path / ".origin.json"
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            (self.path / "unfinished.tmp").unlink(missing_ok=True)
+            strangers = {entry.name for entry in self.path.iterdir()} - {self.file(i).name for i in range(self.count)} - {note.name}
+            known = json.loads(note.read_text()) if note.is_file() else None
+        except (OSError, ValueError) as error:
+            raise UserError(f"--export {self.path}: {error}") from error
+        if strangers or (known is None and any(self.path.iterdir())) or known not in (None, origin):
+            raise UserError(f"--export {self.path}: the folder holds other files, or images of other weights or settings; choose another")
+        with atomic(note) as file:
+            file.write(json.dumps(origin).encode())
+
+    def todo(self):
+        return [i for i in range(self.count) if self.archive is not None or not self.file(i).exists()]
+
+    def add(self, chunk, images):
+        pixels = images.permute(0, 2, 3, 1).numpy()
+        if self.archive is not None:
+            self.archive[chunk] = pixels
+            return
+        try:
+            for i, image in zip(chunk, pixels):
+                Image.fromarray(image).save(self.path / "unfinished.tmp", "PNG")
+                os.replace(self.path / "unfinished.tmp", self.file(i))
+        except OSError as error:
+            raise UserError(f"cannot write {self.file(i)}: {error}") from error
+
+    def read(self, i):
+        return torch.from_numpy(np.array(Image.open(self.file(i)))).permute(2, 0, 1)
+
+    def finish(self):
+        if self.archive is not None:
+            with atomic(self.path) as file:
+                np.savez(file, self.archive)
+        say(f"wrote {self.count:,} images to {self.path}")
+
+
+def trajectory(sampler, out_dir):
+    """The predicted x_0 on the way from noise to picture: a row per image, and an animation of all of them."""
+    steps, count = sampler.args.sample_steps[-1], min(16, sampler.args.num_samples)
+
+    def frames(indices):
+        x_T = sampler.noise(indices)
+        seen = [to_uint8(x_T)]
+        sampler.sample(indices, steps, x_T, on_step=lambda t, x_0: seen.append(to_uint8(x_0)))
+        return torch.stack(seen, dim=1)
+
+    films = sampler.all(count, frames, steps, "trajectory")  # [count, 1 + steps, 3, 32, 32]
+    if sampler.run.world.chief:
+        labels = ["x_T"] + [f"t={t}" for t in reversed(sampler.tau(steps))]
+        chosen = np.linspace(0, steps, min(11, steps + 1)).round().astype(int).tolist()
+        rows = films[:8, chosen].flatten(0, 1)
+        save_grid(rows, out_dir / "ddim_trajectory.png", columns=len(chosen), column_labels=[labels[i] for i in chosen])
+        sheets = [draw_grid(films[:, i]) for i in np.linspace(0, steps, min(51, steps + 1)).round().astype(int)]
+        with atomic(out_dir / "ddim_trajectory.gif") as file:
+            sheets[0].save(file, "GIF", save_all=True, append_images=sheets[1:], duration=[80] * (len(sheets) - 1) + [2000], loop=0)
+        say(f"wrote {out_dir / 'ddim_trajectory.gif'}")
+
+
+def interpolation(sampler, out_dir, columns=11):
+    """Pictures between pictures: slerp between pairs of x_T (App. D.5), a row per pair."""
+    pairs, steps = min(8, max(1, sampler.args.num_samples // 2)), sampler.args.sample_steps[-1]
+
+    def between(indices):
+        row, column = np.divmod(indices, columns)
+        x_T = slerp(sampler.noise(2 * row), sampler.noise(2 * row + 1), torch.from_numpy(column / (columns - 1)))
+        return to_uint8(sampler.sample(indices, steps, x_T))
+
+    images = sampler.all(pairs * columns, between, steps, "interpolation")
+    if sampler.run.world.chief:
+        labels = [f"{column / (columns - 1):.1f}" for column in range(columns)]
+        save_grid(images, out_dir / "ddim_interpolation.png", columns=columns, column_labels=labels)
+
+
+def consistency(sampler, out_dir):
+    """The same x_T at several S (Sec. 5.2): a row per image, a column per S."""
+    count, lengths = min(8, sampler.args.num_samples), sampler.args.sample_steps
+    columns = [sampler.all(count, lambda chunk, S=S: to_uint8(sampler.sample(chunk, S)), S, f"S = {S}") for S in lengths]
+    if sampler.run.world.chief:
+        images = torch.stack(columns, dim=1).flatten(0, 1)
+        save_grid(images, out_dir / "ddim_consistency.png", columns=len(lengths), column_labels=[f"S={S}" for S in lengths])
+
+
+PAPER_RECONSTRUCTION = {10: 0.014, 20: 0.0065, 50: 0.0023, 100: 0.0009, 200: 0.0004, 500: 0.0001, 1000: 0.0001}  # Table 2
+
+
+def reconstruction(sampler, test_images, out_dir):
+    """Encode test images in S steps, decode them in S steps: a picture, and the per-dimension mean squared error on [0, 1]."""
+    count = min(len(test_images), sampler.args.num_samples)
+    rows, table = [test_images[:16]], []
+    for S in sampler.args.sample_steps:
+
+        def there_and_back(indices, S=S):
+            x_0 = to_float(test_images[indices].to(sampler.device)).contiguous(memory_format=torch.channels_last)
+            code = ddim_encode(sampler.eps, x_0, sampler.schedule, sampler.tau(S), order=sampler.args.order)
+            return sampler.sample(indices, S, code)
+
+        decoded = sampler.all(count, there_and_back, 2 * S, f"reconstruction, S = {S}")
+        error = (decoded - to_float(test_images[:count])).div(2).square().mean().item()
+        table.append((S, error, PAPER_RECONSTRUCTION.get(S, "")))
+        rows.append(to_uint8(decoded[:16]))
+    if sampler.run.world.chief:
+        columns, labels = min(16, count), ["original"] + [f"S={S}" for S, *_ in table]
+        images = torch.cat([row[:columns] for row in rows])
+        save_grid(images, out_dir / "ddim_reconstruction.png", columns=columns, row_labels=labels)
+        with atomic(out_dir / "ddim_reconstruction.csv") as file:
+            text = "".join(f"{S},{error:.6g},{paper}\n" for S, error, paper in table)
+            file.write(f"steps,error,paper\n{text}".encode())
+        say(f"wrote {out_dir / 'ddim_reconstruction.csv'}\nReconstruction error of {count:,} test images, per dimension on [0, 1]:")
+        say("\n".join(["     S       here   paper (Table 2)"] + [f"{S:6d} {error:10.4g}   {paper}" for S, error, paper in table]))
+
+
+# ---- Command ---------------------------------------------------------------------------------------------------------
+
+
+class UsageError(Exception):
+    """A flag out of range, unknown, or contradicting another."""
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise UsageError(message)
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    def __init__(self, prog):
+        super().__init__(prog, max_help_position=34, width=min(130, shutil.get_terminal_size().columns))
+
+    def _get_help_string(self, action):
+        plain = action.default in (None, False) or "%(default)" in action.help
+        return action.help if plain else f"{action.help} [{spell(action.default)}]"
+
+
+def spell(value):
+    return " ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+
+
+def number(kind, low, high=math.inf, above=False):
+    """A parser of numbers in low..high; above: low itself is not allowed."""
+
+    def parse(text):
+        with contextlib.suppress(ValueError):
+            value = kind(text)
+            if low <= value <= high and not (above and value == low) and math.isfinite(value):
+                return value
+        limits = f"above {low}" if above else f"at least {low}" if high == math.inf else f"in {low}..{high}"
+        raise argparse.ArgumentTypeError(f"{text} is not a {'whole ' if kind is int else ''}number {limits}")
+
+    return parse
+
+
+class Numbers(argparse.Action):
+    """Whole numbers, separated by blanks or commas."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        parse = number(int, 1)
+        try:
+            setattr(namespace, self.dest, [parse(part) for part in " ".join(values).replace(",", " ").split()])
+        except argparse.ArgumentTypeError as error:
+            raise argparse.ArgumentError(self, str(error)) from None
+
+
+def make_parser():
+    parser = Parser(prog="ddim_cifar.py", description=__doc__, formatter_class=HelpFormatter, add_help=False, allow_abbrev=False)
+    parser.description = "Train a UNet on CIFAR-10 and sample it with DDIM. Without flags: a quick test."
+    count, share = number(int, 1), number(float, 0, 1)
+
+    group = parser.add_argument_group("training")
+    group.add_argument("--epochs", type=count, default=1, help="length of training, together with")
+    group.add_argument("--iterations", type=count, default=1, help="optimizer steps per epoch, however long the data set")
+    group.add_argument("--batch-size", type=count, default=32, help="images per step, over all processes")
+    group.add_argument("--lr", type=number(float, 0, above=True), default=2e-4, help="Adam's learning rate")
+    group.add_argument("--warmup", type=number(int, 0), default=1000, help="steps of linear warm-up")
+    group.add_argument("--lr-decay", type=share, default=0.0, help="share of the run, at its end, over which the rate falls to zero")
+    group.add_argument("--grad-clip", type=number(float, 0, above=True), default=1.0, help="largest gradient norm")
+    group.add_argument("--ema-decay", type=share, default=0.9999, help="of the averaged weights, which sampling uses")
+    group.add_argument("--resume", metavar="CKPT", help="go on from a checkpoint, or from the newest in --out-dir: auto")
+    group.add_argument("--save-every", type=count, default=10, help="epochs between checkpoints, held-out losses and grids")
+    group.add_argument("--save-minutes", type=number(float, 0), default=10.0, help="also refresh ddim_model_last.pth this often")
+
+    group = parser.add_argument_group("data")
+    group.add_argument("--dataset", choices=["cifar10", "folder", "synthetic"], default="cifar10", help="images to learn")
+    group.add_argument("--data-dir", metavar="DIR", default="./data", help="where CIFAR-10 is, or goes; or the folder of images")
+
+    group = parser.add_argument_group("network and noise schedule (come from the checkpoint with --resume and --sample)")
+    group.add_argument("--channels", type=count, default=128, help="width, a multiple of 32")
+    group.add_argument("--channel-mults", action=Numbers, nargs="+", metavar="M", default=[1, 2, 2, 2], help="times width, per resolution")
+    group.add_argument("--res-blocks", type=count, default=2, help="ResBlocks per resolution")
+    group.add_argument("--attn-resolutions", action=Numbers, nargs="*", metavar="R", default=[16], help="sides with attention")
+    group.add_argument("--dropout", type=number(float, 0, 0.99), default=0.1, help="in each ResBlock")
+    group.add_argument("--timesteps", type=number(int, 2), default=1000, help="T")
+    group.add_argument("--beta-start", type=number(float, 0, 0.999, above=True), default=1e-4, help="first beta")
+    group.add_argument("--beta-end", type=number(float, 0, 0.999, above=True), default=0.02, help="last beta")
+
+    group = parser.add_argument_group("sampling")
+    group.add_argument("--sample", metavar="CKPT", help="do not train: sample from a checkpoint, or from published weights")
+    group.add_argument("--num-samples", type=count, default=16, help="images")
+    group.add_argument("--sample-steps", action=Numbers, nargs="+", metavar="S", default=[50], help="steps; a list is for the experiments")
+    group.add_argument("--tau", choices=TAUS, default="quadratic", help="which steps of T")
+    group.add_argument("--order", type=int, choices=[1, 2], default=1, help="2: second-order steps at the same cost, not plain DDIM")
+    group.add_argument("--eta", type=share, default=0.0, help="0: DDIM, deterministic; 1: DDPM")
+    group.add_argument("--clip-x0", action="store_true", help="clamp each predicted x_0 to [-1, 1]")
+    group.add_argument("--no-ema", action="store_true", help="sample the weights themselves, not their average")
+    group.add_argument("--sample-batch-size", type=count, metavar="N", help="images at a time [what memory allows]")
+    group.add_argument("--export", metavar="PATH", help="also write all images: x.npz (arr_0, uint8 [N, 32, 32, 3]) or a folder of PNGs")
+    group.add_argument("--export-weights", metavar="DIR", help="also write the weights as diffusers' DDIMPipeline reads them")
+
+    group = parser.add_argument_group("the paper's experiments, a picture each")
+    group.add_argument("--trajectory", action="store_true", help="predicted x_0 from noise to picture, also as an animation")
+    group.add_argument("--interpolate", action="store_true", help="between pairs of x_T")
+    group.add_argument("--reconstruct", action="store_true", help="encode and decode test images, with the error of Table 2")
+    group.add_argument("--consistency", action="store_true", help="the same x_T at several S")
+
+    group = parser.add_argument_group("run time")
+    group.add_argument("--device", choices=["auto", "cuda", "mps", "cpu"], default="auto", help="auto: cuda, then mps, then cpu")
+    group.add_argument("--precision", choices=["auto", "fp32", "bf16"], default="auto", help="auto: bf16 where the hardware is fast at it")
+    group.add_argument("--compile", choices=["auto", "on", "off"], default="auto", help="auto: on a GPU, where the run is long enough")
+    group.add_argument("--seed", type=number(int, 0), default=0, help="of everything random")
+    group.add_argument("--out-dir", metavar="DIR", default=".", help="where files go")
+    group.add_argument("-h", "--help", action="help", help="show this help")
+    return parser
+
+
+SCHEDULE_FLAGS = ("timesteps", "beta_start", "beta_end")
+TRAINING_FLAGS = ("epochs", "iterations", "batch_size", "lr", "warmup", "lr_decay", "grad_clip", "ema_decay", "save_every", "save_minutes")
+PLACE_FLAGS = ("resume", "sample", "device", "out_dir", "export", "export_weights")  # of this run, not of the model
+EXPERIMENTS = ("trajectory", "interpolate", "reconstruct", "consistency")
+
+
+def as_argv(config, names):
+    """A checkpoint's flags as they would be typed."""
+    argv = []
+    for name in names:
+        value = config.get(name)
+        flag = "--" + name.replace("_", "-")
+        if isinstance(value, (list, tuple)):
+            argv += [flag, *map(str, value)]
+        elif value not in (None, False):
+            argv += [flag] if value is True else [f"{flag}={value}"]
+    return argv
+
+
+def parse_args(argv=None):
+    """The flags, completed from the checkpoint that --resume or --sample names, and that checkpoint (or None)."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    parser = make_parser()
+    args = parser.parse_args(argv)
+    unset = object()
+    marked = vars(parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(vars(args), unset))))
+    given = {name for name, value in marked.items() if value is not unset}
+    if args.sample and (clash := given & {"resume", *TRAINING_FLAGS}):
+        raise UsageError(f"--sample does not train, which {', '.join('--' + name.replace('_', '-') for name in sorted(clash))} asks for")
+
+    path, checkpoint = args.sample or args.resume, None
+    if path == "auto" and args.resume:
+        path, checkpoint = newest_checkpoint(Path(args.out_dir))
+        if not path and os.environ.get("RANK", "0") == "0":
+            say(f"no checkpoint in {Path(args.out_dir).resolve()}: starting afresh")
+    elif path:
+        checkpoint = load_checkpoint(path, "cpu")
+    if checkpoint:
+        config = checkpoint["config"]
+        if args.resume and "step" not in checkpoint:
+            raise UserError(f"checkpoint {path}: published weights have no optimizer state to resume from; use --sample")
+        fixed = (*UNET_FLAGS, *SCHEDULE_FLAGS) + (("dataset", "batch_size", "seed") if args.resume else ())
+        inherited = set(vars(args)) - set(PLACE_FLAGS) - set(EXPERIMENTS) if args.resume else {*fixed, "dataset", "data_dir"}
+        for name in fixed:
+            if name in given and name in config and spell(config[name]) != spell(getattr(args, name)):
+                flag = "--" + name.replace("_", "-")
+                raise UsageError(f"{flag} {spell(getattr(args, name))} contradicts {spell(config[name])}, which {path} was trained with")
+        try:
+            args = parser.parse_args(as_argv(config, sorted(inherited & config.keys())) + argv)
+        except UsageError as error:
+            raise UserError(f"checkpoint {path}: its config does not fit: {error}") from error
+        args.resume = str(path) if args.resume else None
+
+    if args.sample_steps == [50] and "sample_steps" not in given and (args.reconstruct or args.consistency):
+        args.sample_steps = [10, 20, 50, 100]
+    args.quick_test = not path and args.epochs * args.iterations == 1 and "dataset" not in given
+    check(args, checkpoint)
+    return args, checkpoint
+
+
+def check(args, checkpoint):
+    """Flags that are fine each, but not together."""
+    if args.channels % 32:
+        raise UsageError(f"--channels {args.channels}: must be a multiple of 32")
+    sides = [SIZE >> level for level in range(len(args.channel_mults))]
+    if not 1 <= len(sides) <= 6:
+        raise UsageError(f"--channel-mults {spell(args.channel_mults)}: 1 to 6 resolutions are possible from {SIZE} pixels")
+    if not set(args.attn_resolutions) <= set(sides):
+        raise UsageError(f"--attn-resolutions {spell(args.attn_resolutions)}: this network has {spell(sides)}")
+    if args.beta_start > args.beta_end:
+        raise UsageError(f"--beta-start {args.beta_start} must not be above --beta-end {args.beta_end}")
+    if not args.sample_steps or max(args.sample_steps) > args.timesteps:
+        raise UsageError(f"--sample-steps {spell(args.sample_steps)}: must be in 1..{args.timesteps} (--timesteps)")
+    if args.order == 2 and args.eta > 0:
+        raise UsageError(f"--order 2 solves the equation of --eta 0, not of --eta {args.eta}")
+    if args.no_ema and args.sample and "model" not in checkpoint:
+        raise UsageError(f"--no-ema: {args.sample} holds one set of weights only")
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    if args.batch_size % world_size and not args.sample:
+        raise UsageError(f"--batch-size {args.batch_size} does not divide among {world_size} processes; try {math.ceil(args.batch_size / world_size) * world_size}")
+
+
+def newest_checkpoint(out_dir):
+    """(path, checkpoint) of the newest complete checkpoint in the folder, or (None, None)."""
+    paths = sorted(out_dir.glob("ddim_model_*.pth"), key=lambda path: path.stat().st_mtime_ns, reverse=True)
+    for path in paths:
+        try:
+            return path, load_checkpoint(path, "cpu")
+        except UserError as error:
+            say(f"warning: passed over: {error}")
+    return None, None
+
+
+def export_weights(folder, model, args):
+    """The folder that diffusers' DDIMPipeline.from_pretrained(folder) loads."""
+    attends = [SIZE >> level in args.attn_resolutions for level in range(len(args.channel_mults))]
+    unet = {
+        "_class_name": "UNet2DModel", "sample_size": SIZE, "in_channels": 3, "out_channels": 3, "layers_per_block": args.res_blocks,
+        "block_out_channels": [args.channels * mult for mult in args.channel_mults], "attention_head_dim": None,
+        "down_block_types": ["AttnDownBlock2D" if here else "DownBlock2D" for here in attends],
+        "up_block_types": ["AttnUpBlock2D" if here else "UpBlock2D" for here in reversed(attends)],
+        "downsample_padding": 0, "flip_sin_to_cos": False, "freq_shift": 1, "norm_eps": 1e-6, "dropout": args.dropout,
+    }  # fmt: skip
+    scheduler = {
+        "_class_name": "DDIMScheduler", "num_train_timesteps": args.timesteps, "beta_start": args.beta_start, "beta_end": args.beta_end,
+        "beta_schedule": "linear", "clip_sample": False, "set_alpha_to_one": True, "steps_offset": 0, "timestep_spacing": "leading",
+    }  # fmt: skip
+    index = {"_class_name": "DDIMPipeline", "unet": ["diffusers", "UNet2DModel"], "scheduler": ["diffusers", "DDIMScheduler"]}
+    files = {"model_index.json": index, "unet/config.json": unet, "scheduler/scheduler_config.json": scheduler}
+    for name, content in files.items():
+        with atomic(folder / name) as file:
+            file.write(json.dumps(content, indent=2).encode())
+    with atomic(folder / "unet" / "diffusion_pytorch_model.safetensors") as file:
+        write_safetensors(file, model.state_dict())
+    say(f"wrote {folder}")
+
+
+def prepare_out_dir(args, run, bytes_needed):
+    """Find out now what would fail after hours: no permission, no space."""
+    try:
+        run.out_dir.mkdir(parents=True, exist_ok=True)
+        for leftover in run.out_dir.glob("ddim_*.tmp"):  # of a run that was killed while saving
+            leftover.unlink()
+        trial = run.out_dir / "ddim_trial.tmp"
+        trial.touch()
+        trial.unlink()
+        free = shutil.disk_usage(run.out_dir).free
+    except OSError as error:
+        raise UserError(f"--out-dir {args.out_dir}: cannot write there ({error.strerror})") from error
+    if free < bytes_needed:
+        raise UserError(f"--out-dir {args.out_dir}: {free / 1e6:,.0f} MB free, {bytes_needed / 1e6:,.0f} MB needed")
+
+
+def protect_longer_run(out_dir, total):
+    """A fresh run does not overwrite the checkpoints of a longer one."""
+    for path in sorted(out_dir.glob("ddim_model_*.pth")):
+        steps = 0
+        with contextlib.suppress(Exception):  # whatever cannot be read is no run to lose
+            steps = torch.load(path, map_location="meta", mmap=True, weights_only=True)["step"]
+        if steps > total:
+            raise UserError(f"{path} holds {steps:,} steps, more than this run's {total:,}: go on with --resume auto, or choose another --out-dir")
+
+
+def get_images(args, run):
+    """load_images, in the first process of each machine before the others, since it may download. Offline, the quick test draws its own."""
+    patient = int(os.environ.get("LOCAL_RANK", 0)) > 0
+    if patient:
+        run.world.gather(None)
+    try:
+        return load_images(args.dataset, args.data_dir)
+    except Offline as error:
+        if not args.quick_test:
+            raise
+        args.dataset = "synthetic"
+        if run.world.chief:
+            print(f"warning: {error}. This quick test goes on with the synthetic images", file=sys.stderr)
+        return load_images(args.dataset, args.data_dir)
+    finally:
+        if not patient:
+            run.world.gather(None)
+
+
+def execute(args, checkpoint, run):
+    """Train, unless --sample was given, then draw what was asked for."""
+    world, device, total = run.world, run.world.device, args.epochs * args.iterations
+    tell = say if world.chief else lambda text: None
+    torch.set_float32_matmul_precision("high")  # TF32 where a GPU has it
+    torch.backends.cudnn.benchmark = True
+    torch.manual_seed(torch_seed(args.seed, 6))
+    schedule = NoiseSchedule(args.timesteps, args.beta_start, args.beta_end)
+    model = UNet(**{name: getattr(args, name) for name in UNET_FLAGS}, image_size=SIZE)
+    if checkpoint:
+        model.load_state_dict(checkpoint["ema" if args.sample and not args.no_ema else "model"])
+    model.to(device, memory_format=torch.channels_last)
+    size = sum(parameter.numel() for parameter in model.parameters())
+
+    if world.chief:
+        prepare_out_dir(args, run, 0 if args.sample else 2 * 4 * 4 * size)  # two files of weights, averages and two moments
+        if not checkpoint and not args.sample:
+            protect_longer_run(run.out_dir, total)
+    train_images, test_images = get_images(args, run) if not args.sample or args.reconstruct else (None, None)
+    tell(f"device    {device}, {run.precision}" + (f", {world.size} processes" if world.size > 1 else ""))
+    tell(f"network   {size:,} parameters" + (f", from {args.sample}" if args.sample else ""))
+
+    if not args.sample:
+        ema = copy.deepcopy(model).eval().requires_grad_(False)
+        state = State(model, ema, torch.optim.Adam(model.parameters(), lr=args.lr, fused=True))
+        if checkpoint:
+            restore(state, checkpoint)
+            run.saved = Path(args.resume).resolve()
+        tell(f"images    {args.dataset}: {len(train_images):,} to train on, {len(test_images):,} held out")
+        tell(f"steps     {state.step:,} done, {max(0, total - state.step):,} to go, of {args.batch_size} images each")
+        tell(f"files     {run.out_dir}")
+        tell("A training loss near 0.03 is normal and then looks flat; the held-out loss, on fixed noise, goes on falling.")
+
+        def preview(epoch):
+            save_samples(Sampler(state.ema, schedule, preview_args, run), run.out_dir / f"ddim_samples_epoch_{epoch}.png")
+
+        preview_args = argparse.Namespace(**vars(args) | {"num_samples": 16})
+        config = {name: value for name, value in vars(args).items() if name != "quick_test"}
+        train(state, train_images, test_images, schedule, args, config, run, preview)
+        network = model if args.no_ema else ema
+    else:
+        network = model
+    evaluations = args.num_samples * args.sample_steps[-1] // 256
+    sampler = Sampler(network, schedule, args, run, evaluations)
+    save_samples(sampler, run.out_dir / "ddim_samples.png", args.export)
+    experiments = {
+        "trajectory": lambda: trajectory(sampler, run.out_dir),
+        "interpolate": lambda: interpolation(sampler, run.out_dir),
+        "consistency": lambda: consistency(sampler, run.out_dir),
+        "reconstruct": lambda: reconstruction(sampler, test_images, run.out_dir),
+    }
+    for name, draw in experiments.items():
+        if getattr(args, name):
+            draw()
+    if args.export_weights and world.chief:
+        export_weights(Path(args.export_weights).resolve(), network, args)
+
+    script = shlex.quote(sys.argv[0])
+    if args.export:
+        tell(f"FID against the paper's: fidelity --gpu 0 --fid --isc --input1 {args.export} --input2 cifar10-train  (torch-fidelity; a PNG folder)")
+    elif args.sample:
+        tell(f"next: python {script} --sample {args.sample} --trajectory --interpolate --reconstruct --consistency")
+    else:
+        tell(f"next: python {script} --sample {run.out_dir / 'ddim_model_final.pth'} --num-samples 64")
+
+
+def restore(state, checkpoint):
+    """Put a checkpoint's step, average and moments into the state."""
+    state.step = checkpoint["step"]
+    state.ema.load_state_dict(checkpoint["ema"])
+    fresh = state.optimizer.state_dict()["param_groups"]
+    state.optimizer.load_state_dict({"state": checkpoint["optimizer"]["state"], "param_groups": fresh})
+    for parameter, moments in state.optimizer.state.items():
+        for name in ("exp_avg", "exp_avg_sq"):  # the fused kernel wants the parameter's own layout in memory
+            moments[name] = torch.empty_like(parameter).copy_(moments[name])
+
+
+def resume_command(argv, saved):
+    """What to type to go on."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    for i in [i for i, word in enumerate(argv) if word == "--resume"]:
+        argv[i : i + 2] = []
+    argv = [word for word in argv if not word.startswith("--resume=")]
+    processes = os.environ.get("LOCAL_WORLD_SIZE", "1")
+    start = ["torchrun", "--standalone", f"--nproc_per_node={processes}"] if "RANK" in os.environ else ["python"]
+    return shlex.join([*start, sys.argv[0], *argv, "--resume", str(saved)])
+
+
+def main(argv=None):
+    """The command. Returns the exit code: 0; 1 diverged; 2 a mistake or a misfortune, in one line; 128 + the signal that stopped it."""
+    args = run = None
+    rank = int(os.environ.get("RANK", 0))
+    try:
+        with Signals() as signals:
+            args, checkpoint = parse_args(argv)
+            world = World(args.device)
+            run = Run(world, signals, choose_precision(args.precision, world.device), args.compile, Path(args.out_dir).resolve())
+            execute(args, checkpoint, run)
+        return 0
+    except SystemExit as finished:  # --help
+        return finished.code or 0
+    except Stopped as stopped:
+        code, complaint = 128 + stopped.args[0], f"stopped by {signal.Signals(stopped.args[0]).name}"
+        if run and run.saved:
+            complaint += f"; to go on:\n{resume_command(argv, run.saved)}"
+    except UsageError as error:
+        code, complaint = 2, f"{make_parser().format_usage()}ddim_cifar.py: error: {error}"
+    except UserError as error:
+        code, complaint = 2, f"ddim_cifar.py: error: {error}"
+    except Diverged:
+        code, complaint = 1, f"ddim_cifar.py: error: {BAD_STEPS} steps in a row without a finite loss or gradient; try a lower --lr. "
+        complaint += f"The last good checkpoint is {run.saved}" if run.saved else "No checkpoint had been saved"
+    except (MemoryError, RuntimeError) as error:
+        if out_of_memory(error):
+            smaller = f"--batch-size {max(1, args.batch_size // 2)} (or a smaller --sample-batch-size)"
+            code, complaint = 2, f"ddim_cifar.py: error: out of memory; try {smaller}"
+        elif "WORLD_SIZE" in os.environ and run is not None and run.world.size > 1:
+            code, complaint, rank = 1, f"ddim_cifar.py: error: process {rank} lost the others: {str(error).splitlines()[0]}", 0
+        else:
+            raise
+    finally:
+        if run:
+            run.world.close()
+    if rank == 0:
+        print(complaint, file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())
