@@ -22,6 +22,7 @@ import itertools
 import json
 import math
 import os
+import pickle
 import shlex
 import shutil
 import signal
@@ -30,6 +31,7 @@ import stat
 import struct
 import sys
 import time
+import warnings
 import zipfile
 import zlib
 from concurrent.futures import ThreadPoolExecutor
@@ -223,7 +225,7 @@ class NoiseSchedule:
     @functools.lru_cache(maxsize=4)  # noqa: B019 (a schedule lives as long as its program)
     def scales(self, device, dtype):
         alphas = self.alphas_cumprod
-        return alphas.sqrt().to(device, dtype), (1 - alphas).sqrt().to(device, dtype)
+        return [scale.sqrt().to(dtype).to(device) for scale in (alphas, 1 - alphas)]  # in this order: MPS knows no float64
 
     def add_noise(self, x_0, eps, t):
         """x_t = sqrt(alpha_t) x_0 + sqrt(1 - alpha_t) eps (Eq. 4). x_0, eps: [N, ...]; t: int64 [N] in 0..timesteps-1."""
@@ -262,22 +264,6 @@ def _sigma(alpha):
     return math.sqrt((1 - alpha) / alpha)  # of Eq. 14: x_t / sqrt(alpha) = x_0 + sigma eps
 
 
-class _Multistep:
-    """Adams-Bashforth of order 1 or 2 for d(x / sqrt(alpha)) = eps d sigma (Eq. 14), as a correction to eps."""
-
-    def __init__(self, order):
-        self.order, self.last = order, None
-
-    def __call__(self, eps, alpha, alpha_next):
-        step = _sigma(alpha_next) - _sigma(alpha)
-        slope = eps
-        if self.order == 2 and self.last is not None:
-            eps_last, step_last = self.last
-            slope = eps + step / (2 * step_last) * (eps - eps_last)
-        self.last = eps, step
-        return slope
-
-
 def _full(x, t):
     return torch.full((len(x),), t, dtype=torch.int64, device=x.device)
 
@@ -294,10 +280,14 @@ def ddim_sample(model, x_T, schedule, tau, eta=0.0, *, order=1, clip_x0=False, n
     """
     if not 0 <= eta <= 1 or order not in (1, 2) or (order == 2 and eta > 0):
         raise ValueError(f"eta must be in [0, 1] and order 1 or 2, order 2 only with eta 0; not eta {eta}, order {order}")
-    x_t, multistep = x_T, _Multistep(order)
+    x_t, before = x_T, None
     for t, t_prev in reversed(list(zip(tau, [-1, *tau[:-1]]))):
         alpha, alpha_prev = schedule.alpha(t), schedule.alpha(t_prev)
-        eps = multistep(model(x_t, _full(x_t, t)).to(x_t.dtype), alpha, alpha_prev)
+        eps = model(x_t, _full(x_t, t)).to(x_t.dtype)
+        if order == 2:  # Adams-Bashforth for d(x_t / sqrt(alpha_t)) = eps d sigma, Eq. 14
+            now = eps, _sigma(alpha_prev) - _sigma(alpha)
+            eps = eps + now[1] / (2 * before[1]) * (eps - before[0]) if before else eps
+            before = now
         x_0 = (x_t - math.sqrt(1 - alpha) * eps) / math.sqrt(alpha)  # Eq. 9
         if clip_x0:
             x_0 = x_0.clamp(-1, 1)
@@ -312,23 +302,23 @@ def ddim_sample(model, x_T, schedule, tau, eta=0.0, *, order=1, clip_x0=False, n
 
 
 @torch.inference_mode()
-def ddim_encode(model, x_0, schedule, tau, *, order=1):
+def ddim_encode(model, x_0, schedule, tau):
     """Walk from x_0 to its code x_T: the ODE of ddim_sample, run the other way (Sec. 4.3, Eq. 14).
 
-    Arguments and errors as for ddim_sample. eps is taken where a step starts; there is no network for alpha = 1, so the first step
-    asks the one of tau[0]. Returns x_T like x_0.
+    Arguments as for ddim_sample. eps is taken where a step starts; as no network knows alpha = 1, the first step asks that of tau[0].
+    Returns x_T like x_0.
     """
-    x_t, multistep = x_0, _Multistep(order)
+    x_t = x_0
     for t, t_next in zip([-1, *tau[:-1]], tau):
         alpha, alpha_next = schedule.alpha(t), schedule.alpha(t_next)
-        eps = multistep(model(x_t, _full(x_t, max(t, tau[0]))).to(x_t.dtype), alpha, alpha_next)
+        eps = model(x_t, _full(x_t, max(t, tau[0]))).to(x_t.dtype)
         x_t = math.sqrt(alpha_next) * (x_t / math.sqrt(alpha) + (_sigma(alpha_next) - _sigma(alpha)) * eps)
     return x_t
 
 
 def slerp(a, b, weight):
     """Spherical interpolation of two noises, image by image (App. D.5). a, b: [N, ...]; weight: float or [N], 0 gives a, 1 gives b."""
-    weight = torch.as_tensor(weight, dtype=a.dtype, device=a.device).expand(len(a)).view(-1, *[1] * (a.ndim - 1))
+    weight = torch.as_tensor(weight, dtype=a.dtype).to(a.device).expand(len(a)).view(-1, *[1] * (a.ndim - 1))
     norms = a.flatten(1).norm(dim=1) * b.flatten(1).norm(dim=1)
     cosine = (a.flatten(1) * b.flatten(1)).sum(1) / norms.clamp(min=torch.finfo(a.dtype).tiny)
     theta = cosine.clamp(-1, 1).acos().view_as(weight)
@@ -428,34 +418,34 @@ def read_folder(folder):
                     image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
                 return np.asarray(ImageOps.fit(image.convert("RGB"), (SIZE, SIZE), Image.Resampling.LANCZOS))
         except Exception as error:  # Pillow's decoders raise nearly everything
-            tqdm.write(f"warning: skipped {path}: {error}", file=sys.stderr)
+            say(f"warning: skipped {path}: {error}", sys.stderr)
 
     with ThreadPoolExecutor() as pool:
-        images = [image for image in progress(pool.map(read, files), total=len(files), desc="reading", unit="image") if image is not None]
+        images = list(progress(pool.map(read, files), total=len(files), desc="reading", unit="image"))
+        images = [image for image in images if image is not None]
     if not images:
-        what = f"none of its {len(files)} image files can be read" if files else "it holds no image files" if folder.is_dir() else "no such folder"
+        what = f"none of its {len(files)} image files can be read" if files else "it holds no image files"
+        what = what if folder.is_dir() else "no such folder"
         raise UserError(f"--data-dir {folder}: {what}")
     return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()
 
 
 def draw_shapes(count, seed):
     """Discs, squares and diamonds of any colour on shaded grounds: easy to learn, easy to judge."""
-    draw = rng(seed, count)
-    y, x = np.mgrid[:SIZE, :SIZE].astype(np.float32)
-    kind, centre, radius, turn, ground, ink = (
-        draw.integers(3, size=(count, 1, 1)),
-        draw.uniform(10, SIZE - 11, (2, count, 1, 1)),
-        draw.uniform(4, 10, (count, 1, 1)),
-        draw.uniform(-1, 1, (2, count, 1, 1)),
-        draw.uniform(0, 255, (count, 3, 1, 1)),
-        draw.uniform(0, 255, (count, 3, 1, 1)),
-    )
-    dx, dy = np.abs(x - centre[0]), np.abs(y - centre[1])
-    distance = np.choose(kind, [np.hypot(dx, dy), np.maximum(dx, dy), dx + dy])
-    cover = np.clip(radius - distance + 0.5, 0, 1)[:, None]  # one pixel of anti-aliasing
-    shade = 1 + (turn[0] * (x - SIZE / 2) + turn[1] * (y - SIZE / 2))[:, None] / SIZE / 2
-    images = cover * ink + (1 - cover) * ground * shade
-    return torch.from_numpy(np.clip(images.round(), 0, 255).astype(np.uint8))
+    draw = rng(seed)
+    kind = torch.from_numpy(draw.integers(3, size=(count, 1, 1)))
+
+    def uniform(low, high, *shape):
+        return torch.from_numpy(draw.uniform(low, high, (count, *shape, 1, 1)).astype(np.float32))
+
+    x, y, radius, slope_x, slope_y = (uniform(*limits) for limits in ((10, 21), (10, 21), (4, 10), (-1, 1), (-1, 1)))
+    ground, ink = uniform(0, 255, 3), uniform(0, 255, 3)
+    side = torch.arange(SIZE, dtype=torch.float32)
+    dx, dy = (side - x).abs(), (side[:, None] - y).abs()
+    distance = torch.where(kind == 0, torch.hypot(dx, dy), torch.where(kind == 1, torch.maximum(dx, dy), dx + dy))
+    cover = (radius - distance + 0.5).clamp(0, 1)[:, None]  # one pixel of anti-aliasing
+    shade = 1 + (slope_x * (side / SIZE - 0.5) + slope_y * (side[:, None] / SIZE - 0.5))[:, None] / 2
+    return torch.lerp(ground * shade, ink, cover).round().clamp(0, 255).to(torch.uint8)
 
 
 class Images(torch.utils.data.Dataset):
@@ -519,7 +509,7 @@ class Draws:
         self.generator = torch.Generator(device)
 
     def __call__(self, n):
-        """Returns flip bool [B, 1, 1, 1], t int64 [B], eps float32 [B, 3, 32, 32], and leaves torch's own generators (dropout) at (seed, n, rank)."""
+        """flip bool [B, 1, 1, 1], t int64 [B], eps float32 [B, 3, 32, 32]; and dropout's generator, torch's own, set to (seed, n)."""
         self.generator.manual_seed(torch_seed(self.seed, 1, n))
         torch.manual_seed(torch_seed(self.seed, 2, n, self.rank))
         on = {"generator": self.generator, "device": self.device}
@@ -532,10 +522,11 @@ class Draws:
 # ---- Training --------------------------------------------------------------------------------------------------------
 
 
-def say(text):
-    """A line on stdout that does not tear the progress bar."""
-    tqdm.write(text, file=sys.stdout)
-    sys.stdout.flush()
+def say(text, file=None):
+    """A line from the first process alone, that does not tear the progress bar."""
+    if os.environ.get("RANK", "0") == "0":
+        tqdm.write(text, file=file or sys.stdout)
+        (file or sys.stdout).flush()
 
 
 def progress(items=None, **options):
@@ -659,21 +650,14 @@ def atomic(path):
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-        with contextlib.suppress(OSError), open_folder(path.parent) as folder:  # the rename, too, has to reach the disk
+        if os.name == "posix":  # the rename, too, has to reach the disk
+            folder = os.open(path.parent, os.O_RDONLY)
             os.fsync(folder)
+            os.close(folder)
     except (OSError, RuntimeError) as error:  # torch.save hides a full disk in a RuntimeError
         raise UserError(f"cannot write {path.resolve()}: {error.__context__ or error}") from error
     finally:
         temporary.unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def open_folder(path):
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        yield descriptor
-    finally:
-        os.close(descriptor)
 
 
 @dataclass
@@ -698,119 +682,85 @@ def save_checkpoint(path, state, config):
 
 
 def load_checkpoint(path, device):
-    """Read and validate a checkpoint without running anything in it: a dict of format, config, step, model, ema, optimizer.
+    """Read and validate a checkpoint, running nothing in it: a dict of format, config, step, model, ema, optimizer.
 
-    Also takes published weights in diffusers' naming (.bin, .safetensors): a dict of config (the network's flags) and ema alone.
+    Published weights in diffusers' naming (.bin, .safetensors) give a dict of format, config (the network's flags) and ema alone.
     UserError, naming the file and the reason, for anything else.
     """
     path = Path(path)
     if not path.is_file():
         raise UserError(f"checkpoint {path}: no such file")
     try:
-        if path.suffix == ".safetensors":
-            checkpoint = read_safetensors(path, device)
-        else:
-            if zipfile.is_zipfile(path) and (damaged := zipfile.ZipFile(path).testzip()):  # torch.load does not check the CRCs
-                raise UserError(f"checkpoint {path}: damaged at {damaged}")
-            checkpoint = torch.load(path, map_location=device, weights_only=True)
-    except UserError:
-        raise
+        if zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip():  # torch.load does not look at the CRCs
+            raise UserError("damaged, a checksum is wrong")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            safe = path.suffix == ".safetensors"
+            checkpoint = read_safetensors(path, device) if safe else torch.load(path, map_location=device, weights_only=True)
+        if "conv_in.weight" in checkpoint:
+            checkpoint = from_published(checkpoint)
+        validate(checkpoint)
     except MemoryError:
         raise
-    except Exception as error:  # the unpickler's, the zip reader's and the storages' own errors are of many kinds
-        what = "holds more than tensors and plain values; none of it was run" if "weights_only" in str(error) else "damaged or cut short"
-        raise UserError(f"checkpoint {path}: not a checkpoint of this program, {what}") from error
-    if isinstance(checkpoint, dict) and "conv_in.weight" in checkpoint:
-        checkpoint = published_weights(checkpoint)
-    problem = find_problem(checkpoint)
-    if problem:
-        raise UserError(f"checkpoint {path}: {problem}")
+    except UserError as error:
+        raise UserError(f"checkpoint {path}: {error}") from error
+    except pickle.UnpicklingError as error:
+        raise UserError(f"checkpoint {path}: damaged, or holds more than tensors and plain values; nothing of it was run") from error
+    except Exception as error:  # zip, pickle and tensor readers have errors of many kinds
+        reason = f"{type(error).__name__}: {error}".splitlines()[0].split(". ")[0]
+        raise UserError(f"checkpoint {path}: damaged, cut short or not of this program ({reason})") from error
     return checkpoint
 
 
-def find_problem(checkpoint):
-    """What is wrong with a checkpoint, or None."""
-    if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("config"), dict):
-        return "not a checkpoint of this program"
-    if not isinstance(checkpoint.get("format"), int):
-        return "not a checkpoint of this program (no format version)"
+def validate(checkpoint):
+    """UserError, or an error of some other kind, if anything a checkpoint should hold is missing, of another shape, or not finite."""
     if checkpoint["format"] > FORMAT:
-        return f"written by a newer version of this program (format {checkpoint['format']}, this one reads {FORMAT})"
-    missing = {"step", "model", "ema", "optimizer"} - checkpoint.keys() if "step" in checkpoint else {"ema"} - checkpoint.keys()
-    if missing:
-        return f"incomplete, {', '.join(sorted(missing))} missing"
-    try:
-        with torch.device("meta"):
-            expected = UNet(**{name: checkpoint["config"][name] for name in UNET_FLAGS})
-    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, OverflowError) as error:
-        return f"its config describes no network ({type(error).__name__}: {error})"
-    shapes = {name: value.shape for name, value in expected.state_dict().items()}
-    for part in [part for part in ("model", "ema") if part in checkpoint]:
-        weights = checkpoint[part]
-        if not isinstance(weights, dict) or {name: getattr(value, "shape", None) for name, value in weights.items()} != shapes:
-            return f"the weights of {part} do not fit the network of its config"
-        if not all(value.is_floating_point() and value.isfinite().all() for value in weights.values()):
-            return f"the weights of {part} are not all finite"
-    if "step" in checkpoint:
+        raise UserError(f"written by a newer version of this program (format {checkpoint['format']}, this one reads {FORMAT})")
+    with torch.device("meta"):
+        network = UNet(**{flag: checkpoint["config"][flag] for flag in UNET_FLAGS})
+    shapes = {name: value.shape for name, value in network.state_dict().items()}
+    parts = {"ema": checkpoint["ema"]}
+    if "step" in checkpoint or "model" in checkpoint or "optimizer" in checkpoint:
         if not isinstance(checkpoint["step"], int) or checkpoint["step"] < 0:
-            return "its step is no count"
-        return find_optimizer_problem(checkpoint["optimizer"], list(shapes.values()))
-
-
-def find_optimizer_problem(optimizer, shapes):
-    try:
-        (group,), moments = optimizer["param_groups"], optimizer["state"]
-        fits = list(group["params"]) == list(range(len(shapes))) and all(
-            moment[name].shape == shapes[index] and bool(moment[name].isfinite().all())
-            for index, moment in moments.items() for name in ("exp_avg", "exp_avg_sq")
-        )  # fmt: skip
-        fits = fits and all(float(moment["step"]) >= 0 for moment in moments.values()) and len(moments) in (0, len(shapes))
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError):
-        fits = False
-    return None if fits else "its optimizer state does not fit the network"
+            raise UserError(f"its step is {checkpoint['step']!r}")
+        parts["model"] = checkpoint["model"]
+        moments = checkpoint["optimizer"]["state"]
+        for moment in ("exp_avg", "exp_avg_sq") if moments else ():
+            parts[f"optimizer's {moment}"] = {name: moments[i][moment] for i, name in enumerate(shapes)}
+    for part, tensors in parts.items():
+        if {name: tensor.shape for name, tensor in tensors.items()} != shapes:
+            raise UserError(f"its {part} does not fit the network of its config")
+        if not all(tensor.is_floating_point() and tensor.isfinite().all() for tensor in tensors.values()):
+            raise UserError(f"its {part} is not finite throughout")
 
 
 def read_safetensors(path, device):
     """8 bytes of length, a JSON header, then the tensors: the whole format."""
     data = path.read_bytes()
-    (length,) = struct.unpack_from("<Q", data)
-    header = json.loads(data[8 : 8 + length])
+    start = 8 + struct.unpack_from("<Q", data)[0]
     tensors = {}
-    for name, entry in header.items():
+    for name, entry in json.loads(data[8:start]).items():
         if name != "__metadata__":
-            begin, end = entry["data_offsets"]
+            begin, end = (start + offset for offset in entry["data_offsets"])
             dtype = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}[entry["dtype"]]
-            flat = torch.frombuffer(bytearray(data[8 + length + begin : 8 + length + end]), dtype=dtype)
-            tensors[name] = flat.view(entry["shape"]).float().to(device)
+            tensors[name] = torch.frombuffer(bytearray(data[begin:end]), dtype=dtype).view(entry["shape"]).float().to(device)
     return tensors
 
 
-def write_safetensors(file, tensors):
-    header, offset = {}, 0
-    for name, value in tensors.items():
-        end = offset + 4 * value.numel()
-        header[name] = {"dtype": "F32", "shape": list(value.shape), "data_offsets": [offset, end]}
-        offset = end
-    text = json.dumps({"__metadata__": {"format": "pt"}, **header}).encode()
-    text += b" " * (-len(text) % 8)
-    file.write(struct.pack("<Q", len(text)) + text)
-    for value in tensors.values():
-        file.write(value.float().cpu().contiguous().numpy().tobytes())
-
-
-def published_weights(weights):
-    """A checkpoint made of a state dict in diffusers' naming; the network's flags are read off its keys and shapes."""
-    old_names = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
-    for old, new in old_names.items():
+def from_published(weights):
+    """A checkpoint of a state dict in diffusers' naming, old or new; the network's flags are read off its keys and shapes."""
+    renamed = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
+    for old, new in renamed.items():
         weights = {name.replace(old, new): value for name, value in weights.items()}
-    config = {"dropout": 0.1}
-    with contextlib.suppress(KeyError, AttributeError, ZeroDivisionError):
-        config["channels"] = weights["conv_in.weight"].shape[0]
-        levels = [level for level in range(9) if f"down_blocks.{level}.resnets.0.conv1.weight" in weights]
-        widths = [weights[f"down_blocks.{level}.resnets.0.conv1.weight"].shape[0] for level in levels]
-        config["channel_mults"] = [width // config["channels"] for width in widths]
-        config["res_blocks"] = sum(f"down_blocks.0.resnets.{i}.conv1.weight" in weights for i in range(99))
-        config["attn_resolutions"] = [SIZE >> i for i in levels if f"down_blocks.{i}.attentions.0.to_q.weight" in weights]
+    channels = len(weights["conv_in.weight"])
+    widths = [len(weights[name]) for i in range(9) if (name := f"down_blocks.{i}.resnets.0.conv1.weight") in weights]
+    config = {
+        "channels": channels,
+        "channel_mults": [width // channels for width in widths],
+        "res_blocks": sum(f"down_blocks.0.resnets.{i}.conv1.weight" in weights for i in range(99)),
+        "attn_resolutions": [SIZE >> i for i in range(9) if f"down_blocks.{i}.attentions.0.to_q.weight" in weights],
+        "dropout": 0.1,
+    }
     return {"format": FORMAT, "config": config, "ema": weights}
 
 
@@ -826,6 +776,11 @@ def update_ema(ema, model, n, decay):
     torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - d)
 
 
+def mean_finite(losses):
+    finite = [loss for loss in losses if math.isfinite(loss)]
+    return sum(finite) / len(finite) if finite else math.nan
+
+
 class Log:
     """ddim_log.csv, one row per optimizer step; rows behind the step a run resumes from are dropped, never written twice. And the bar."""
 
@@ -839,7 +794,7 @@ class Log:
         with atomic(path) as file:
             file.write("".join(",".join(row) + "\n" for row in [self.COLUMNS, *kept]).encode())
         self.seconds = float(kept[-1][-1]) if kept else 0.0
-        self.file = open(path, "a", newline="", buffering=1)
+        self.file = open(path, "a", newline="", buffering=1)  # noqa: SIM115 (closed by close)
         self.writer = csv.writer(self.file, lineterminator="\n")
         self.recent = collections.deque(maxlen=100)
         self.bar = progress(total=total, initial=step, unit="step")
@@ -847,10 +802,10 @@ class Log:
     def add(self, step, epoch, loss, lr, grad_norm, images, seconds, val_loss=""):
         self.seconds += seconds
         self.recent.append(loss)
-        row = (f"{value:.7g}" if isinstance(value, float) else value for value in (loss, val_loss, lr, grad_norm, images / seconds, self.seconds))
-        self.writer.writerow([step, epoch, *row])
+        row = [loss, val_loss, lr, grad_norm, images / seconds, self.seconds]
+        self.writer.writerow([step, epoch, *(f"{value:.7g}" if isinstance(value, float) else value for value in row)])
         self.bar.update()
-        self.bar.set_postfix_str(f"loss {np.nanmean(self.recent):.4f}, {images / seconds:,.1f} images/s", refresh=False)
+        self.bar.set_postfix_str(f"loss {mean_finite(self.recent):.4f}, {images / seconds:,.1f} images/s", refresh=False)
 
     def close(self):
         self.file.close()
@@ -960,7 +915,7 @@ def train(state, images, held_out, schedule, args, config, run, preview):
         nonlocal last_save
         if world.chief:
             save_checkpoint(run.out_dir / name, state, config)
-            say(f"saved {run.out_dir / name}")
+        say(f"saved {run.out_dir / name}")
         run.saved, last_save = run.out_dir / name, time.monotonic()
 
     log = Log(run.out_dir / "ddim_log.csv", state.step, total) if world.chief else None
@@ -990,7 +945,7 @@ def train(state, images, held_out, schedule, args, config, run, preview):
                 raise Diverged
             if not rest:
                 if log:
-                    line = f"epoch {epoch}/{args.epochs}  step {state.step:,}  loss {np.nanmean(epoch_losses):.4f}"
+                    line = f"epoch {epoch}/{args.epochs}  step {state.step:,}  loss {mean_finite(epoch_losses):.4f}"
                     line += f"  held-out loss {val_loss:.4f}" if due else ""
                     say(line + f"  {args.batch_size / seconds:,.1f} images/s" + (f"  {skipped} bad steps skipped" if skipped else ""))
                 epoch_losses.clear()
@@ -1070,7 +1025,8 @@ class Sampler:
         chunks = math.ceil(len(indices) / self.batch_size())
         chunks = min(len(indices), math.ceil(chunks / world.size) * world.size)
         chunks = [chunk.tolist() for chunk in np.array_split(np.asarray(indices), chunks)] if chunks else []
-        with progress(total=len(indices) * evaluations, desc=desc, bar_format="{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}") as bar:
+        plain = "{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}"
+        with progress(total=len(indices) * evaluations, desc=desc, bar_format=plain) as bar:
             self.bar = bar if world.chief else None
             for first in range(0, len(chunks), world.size):
                 turn = chunks[first : first + world.size]
@@ -1107,7 +1063,7 @@ def draw_grid(images, columns=None, row_labels=(), column_labels=(), scale=None)
     """A Pillow image of uint8 [N, 3, H, W] in rows, ceil(sqrt(N)) wide by default, with labels at the left and on top."""
     columns = columns or math.ceil(math.sqrt(len(images)))
     rows = math.ceil(len(images) / columns)
-    scale = scale or max(1, min(4, 560 // (columns * SIZE)))
+    scale = scale or max(1, min(3, 560 // (columns * SIZE)))
     side, gap, font = SIZE * scale, 2, ImageFont.load_default()
     left = max((math.ceil(font.getlength(label)) + 8 for label in row_labels), default=gap)
     top = 16 if column_labels else gap
@@ -1266,7 +1222,7 @@ def reconstruction(sampler, test_images, out_dir):
 
         def there_and_back(indices, S=S):
             x_0 = to_float(test_images[indices].to(sampler.device)).contiguous(memory_format=torch.channels_last)
-            code = ddim_encode(sampler.eps, x_0, sampler.schedule, sampler.tau(S), order=sampler.args.order)
+            code = ddim_encode(sampler.eps, x_0, sampler.schedule, sampler.tau(S))
             return sampler.sample(indices, S, code)
 
         decoded = sampler.all(count, there_and_back, 2 * S, f"reconstruction, S = {S}")
@@ -1428,7 +1384,7 @@ def parse_args(argv=None):
     path, checkpoint = args.sample or args.resume, None
     if path == "auto" and args.resume:
         path, checkpoint = newest_checkpoint(Path(args.out_dir))
-        if not path and os.environ.get("RANK", "0") == "0":
+        if not path:
             say(f"no checkpoint in {Path(args.out_dir).resolve()}: starting afresh")
     elif path:
         checkpoint = load_checkpoint(path, "cpu")
@@ -1466,6 +1422,10 @@ def check(args, checkpoint):
         raise UsageError(f"--attn-resolutions {spell(args.attn_resolutions)}: this network has {spell(sides)}")
     if args.beta_start > args.beta_end:
         raise UsageError(f"--beta-start {args.beta_start} must not be above --beta-end {args.beta_end}")
+    if NoiseSchedule(args.timesteps, args.beta_start, args.beta_end).alpha(args.timesteps - 1) < 1e-12:
+        raise UsageError(f"--beta-end {args.beta_end} leaves nothing of the image after {args.timesteps} --timesteps; lower either")
+    if args.export_weights and args.channel_mults[0] != 1:
+        raise UsageError("--export-weights: diffusers has no such network, its --channel-mults begin with 1")
     if not args.sample_steps or max(args.sample_steps) > args.timesteps:
         raise UsageError(f"--sample-steps {spell(args.sample_steps)}: must be in 1..{args.timesteps} (--timesteps)")
     if args.order == 2 and args.eta > 0:
@@ -1474,7 +1434,8 @@ def check(args, checkpoint):
         raise UsageError(f"--no-ema: {args.sample} holds one set of weights only")
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     if args.batch_size % world_size and not args.sample:
-        raise UsageError(f"--batch-size {args.batch_size} does not divide among {world_size} processes; try {math.ceil(args.batch_size / world_size) * world_size}")
+        better = math.ceil(args.batch_size / world_size) * world_size
+        raise UsageError(f"--batch-size {args.batch_size} does not divide among {world_size} processes; try {better}")
 
 
 def newest_checkpoint(out_dir):
@@ -1484,7 +1445,7 @@ def newest_checkpoint(out_dir):
         try:
             return path, load_checkpoint(path, "cpu")
         except UserError as error:
-            say(f"warning: passed over: {error}")
+            say(f"warning: passed over: {error}", sys.stderr)
     return None, None
 
 
@@ -1507,8 +1468,8 @@ def export_weights(folder, model, args):
     for name, content in files.items():
         with atomic(folder / name) as file:
             file.write(json.dumps(content, indent=2).encode())
-    with atomic(folder / "unet" / "diffusion_pytorch_model.safetensors") as file:
-        write_safetensors(file, model.state_dict())
+    with atomic(folder / "unet" / "diffusion_pytorch_model.bin") as file:
+        torch.save({name: value.cpu().contiguous() for name, value in model.state_dict().items()}, file)
     say(f"wrote {folder}")
 
 
@@ -1535,7 +1496,8 @@ def protect_longer_run(out_dir, total):
         with contextlib.suppress(Exception):  # whatever cannot be read is no run to lose
             steps = torch.load(path, map_location="meta", mmap=True, weights_only=True)["step"]
         if steps > total:
-            raise UserError(f"{path} holds {steps:,} steps, more than this run's {total:,}: go on with --resume auto, or choose another --out-dir")
+            more = f"holds {steps:,} steps, more than this run's {total:,}"
+            raise UserError(f"{path} {more}: go on with --resume auto, or choose another --out-dir")
 
 
 def get_images(args, run):
@@ -1549,8 +1511,7 @@ def get_images(args, run):
         if not args.quick_test:
             raise
         args.dataset = "synthetic"
-        if run.world.chief:
-            print(f"warning: {error}. This quick test goes on with the synthetic images", file=sys.stderr)
+        say(f"warning: {error}. This quick test goes on with the synthetic images", sys.stderr)
         return load_images(args.dataset, args.data_dir)
     finally:
         if not patient:
@@ -1560,7 +1521,6 @@ def get_images(args, run):
 def execute(args, checkpoint, run):
     """Train, unless --sample was given, then draw what was asked for."""
     world, device, total = run.world, run.world.device, args.epochs * args.iterations
-    tell = say if world.chief else lambda text: None
     torch.set_float32_matmul_precision("high")  # TF32 where a GPU has it
     torch.backends.cudnn.benchmark = True
     torch.manual_seed(torch_seed(args.seed, 6))
@@ -1576,8 +1536,8 @@ def execute(args, checkpoint, run):
         if not checkpoint and not args.sample:
             protect_longer_run(run.out_dir, total)
     train_images, test_images = get_images(args, run) if not args.sample or args.reconstruct else (None, None)
-    tell(f"device    {device}, {run.precision}" + (f", {world.size} processes" if world.size > 1 else ""))
-    tell(f"network   {size:,} parameters" + (f", from {args.sample}" if args.sample else ""))
+    say(f"device    {device}, {run.precision}" + (f", {world.size} processes" if world.size > 1 else ""))
+    say(f"network   {size:,} parameters" + (f", from {args.sample}" if args.sample else ""))
 
     if not args.sample:
         ema = copy.deepcopy(model).eval().requires_grad_(False)
@@ -1585,10 +1545,10 @@ def execute(args, checkpoint, run):
         if checkpoint:
             restore(state, checkpoint)
             run.saved = Path(args.resume).resolve()
-        tell(f"images    {args.dataset}: {len(train_images):,} to train on, {len(test_images):,} held out")
-        tell(f"steps     {state.step:,} done, {max(0, total - state.step):,} to go, of {args.batch_size} images each")
-        tell(f"files     {run.out_dir}")
-        tell("A training loss near 0.03 is normal and then looks flat; the held-out loss, on fixed noise, goes on falling.")
+        say(f"images    {args.dataset}: {len(train_images):,} to train on, {len(test_images):,} held out")
+        say(f"steps     {state.step:,} done, {max(0, total - state.step):,} to go, of {args.batch_size} images each")
+        say(f"files     {run.out_dir}")
+        say("A training loss near 0.03 is normal and then looks flat; the held-out loss, on fixed noise, goes on falling.")
 
         def preview(epoch):
             save_samples(Sampler(state.ema, schedule, preview_args, run), run.out_dir / f"ddim_samples_epoch_{epoch}.png")
@@ -1616,11 +1576,11 @@ def execute(args, checkpoint, run):
 
     script = shlex.quote(sys.argv[0])
     if args.export:
-        tell(f"FID against the paper's: fidelity --gpu 0 --fid --isc --input1 {args.export} --input2 cifar10-train  (torch-fidelity; a PNG folder)")
+        say(f"next, with torch-fidelity and a PNG folder: fidelity --fid --isc --input1 {args.export} --input2 cifar10-train")
     elif args.sample:
-        tell(f"next: python {script} --sample {args.sample} --trajectory --interpolate --reconstruct --consistency")
+        say(f"next: python {script} --sample {args.sample} --trajectory --interpolate --reconstruct --consistency")
     else:
-        tell(f"next: python {script} --sample {run.out_dir / 'ddim_model_final.pth'} --num-samples 64")
+        say(f"next: python {script} --sample {run.out_dir / 'ddim_model_final.pth'} --num-samples 64")
 
 
 def restore(state, checkpoint):

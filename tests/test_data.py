@@ -1,0 +1,183 @@
+"""Every image once per pass, everything a function of (seed, position), and files of every kind."""
+
+import io
+import pickle
+import tarfile
+import urllib.error
+import urllib.request
+
+import numpy as np
+import pytest
+import torch
+from conftest import NETWORK
+from PIL import Image
+
+import ddim_cifar
+
+DEVICE = torch.device("cpu")
+
+
+def indices(count, batch_size, first, last, **options):
+    return [index for batch in ddim_cifar.Order(count, batch_size, 0, first, last, **options) for index in batch]
+
+
+@pytest.mark.parametrize("count, batch_size", [(10, 4), (7, 7), (3, 8), (100, 32)])
+def test_a_pass_shows_every_image_once_and_short_batches_are_completed_from_the_next(count, batch_size):
+    shown = indices(count, batch_size, 0, 3 * count)
+    assert len(shown) == 3 * count * batch_size
+    passes = [shown[i : i + count] for i in range(0, len(shown) - count + 1, count)]
+    assert all(sorted(one) == list(range(count)) for one in passes) and (count < 7 or passes[0] != passes[1])
+
+
+def test_order_depends_on_the_position_alone():
+    assert indices(10, 4, 0, 9) == indices(10, 4, 0, 5) + indices(10, 4, 5, 9)
+    halves = [list(ddim_cifar.Order(10, 4, 0, 0, 9, rank=rank, world_size=2)) for rank in (0, 1)]
+    assert [a + b for a, b in zip(*halves)] == list(ddim_cifar.Order(10, 4, 0, 0, 9))
+
+
+def test_draws_depend_on_seed_and_step_alone_and_processes_take_their_share():
+    whole = ddim_cifar.Draws(8, 1000, 0, DEVICE)
+    later = whole(5)
+    whole(6)
+    for a, b, c in zip(later, whole(5), ddim_cifar.Draws(8, 1000, 1, DEVICE)(5)):
+        assert torch.equal(a, b) and not torch.equal(a, c)
+    shares = [ddim_cifar.Draws(8, 1000, 0, DEVICE, rank, 4)(5) for rank in range(4)]
+    assert all(torch.equal(whole_part, torch.cat(parts)) for whole_part, parts in zip(later, zip(*shares)))
+
+
+def test_draws_are_uniform_t_and_normal_eps():
+    flip, t, eps = ddim_cifar.Draws(4000, 10, 0, DEVICE)(0)
+    assert t.min() == 0 and t.max() == 9 and 0.45 < flip.float().mean() < 0.55
+    assert abs(eps.mean()) < 0.01 and abs(eps.std() - 1) < 0.01
+
+
+def test_the_loader_fetches_uint8_batches_in_order():
+    images = torch.randint(256, (20, 3, 32, 32), dtype=torch.uint8)
+    order = ddim_cifar.Order(20, 6, 0, 0, 4)
+    batches = list(ddim_cifar.make_loader(images, order, DEVICE))
+    assert all(torch.equal(batch, images[torch.tensor(chosen)]) for batch, chosen in zip(batches, order)) and len(batches) == 4
+
+
+def test_synthetic_images_are_always_the_same_and_differ_from_those_held_out():
+    (train, held_out), again = ddim_cifar.load_images("synthetic", None), ddim_cifar.load_images("synthetic", None)
+    assert train.dtype == torch.uint8 and train.shape == (10_000, 3, 32, 32)
+    assert torch.equal(train, again[0]) and not torch.equal(train[: len(held_out)], held_out)
+
+
+def picture(mode="RGB", size=(50, 40)):
+    pixels = np.random.default_rng(0).integers(0, 256, (*size[::-1], 4), dtype=np.uint8)
+    if mode == "I;16":
+        return Image.fromarray(pixels[..., 0] * np.uint16(257))
+    return Image.fromarray(pixels if mode in ("RGBA", "LA") else pixels[..., :3].copy()).convert(mode)
+
+
+def test_a_folder_of_images_of_every_kind_is_read(tmp_path):
+    (tmp_path / "below").mkdir()
+    for mode, name in [("RGB", "a.png"), ("L", "b.png"), ("P", "c.gif"), ("RGBA", "below/d.png"), ("LA", "e.png"), ("CMYK", "f.jpg"),
+                       ("I;16", "g.png"), ("1", "h.bmp"), ("RGB", "i.WEBP")]:  # fmt: skip
+        picture(mode).save(tmp_path / name)
+    picture(size=(3000, 20)).save(tmp_path / "wide.jpg")
+    picture(size=(1, 1)).save(tmp_path / "small.png")
+    (tmp_path / "notes.txt").write_text("no image")
+    train, held_out = ddim_cifar.load_images("folder", tmp_path)
+    assert len(train) + len(held_out) == 11 and train.shape[1:] == (3, 32, 32) and train.dtype == torch.uint8
+
+
+def test_a_folder_keeps_what_images_show(tmp_path):
+    red_left = np.zeros((32, 32, 3), np.uint8)
+    red_left[:, :16] = (255, 0, 0)
+    tilted = Image.fromarray(red_left)
+    exif = tilted.getexif()
+    exif[0x0112] = 3  # taken upside down
+    tilted.save(tmp_path / "a.png", exif=exif)
+    Image.new("RGBA", (32, 32), (0, 0, 0, 0)).save(tmp_path / "b.png")
+    Image.fromarray(np.full((32, 32), 32896, np.uint16)).save(tmp_path / "c.png")
+    wide = np.zeros((32, 96, 3), np.uint8)
+    wide[:, 32:64] = 255
+    Image.fromarray(wide).save(tmp_path / "d.png")
+    (upright, transparent, deep, cropped), _ = ddim_cifar.load_images("folder", tmp_path)
+    assert upright[0, 0, 31] == 255 and upright[0, 0, 0] == 0
+    assert (transparent == 255).all() and (deep == 128).all() and (cropped[:, :, 2:30] == 255).all()
+
+
+def test_a_broken_image_is_named_and_skipped(tmp_path, capsys):
+    picture().save(tmp_path / "good.png")
+    whole = (tmp_path / "good.png").read_bytes()
+    (tmp_path / "cut.png").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "text.jpg").write_text("no image")
+    (tmp_path / "empty.gif").touch()
+    train, _ = ddim_cifar.load_images("folder", tmp_path)
+    warnings = capsys.readouterr().err.splitlines()
+    assert len(train) == 1 and len(warnings) == 3
+    assert all(any(name in line for line in warnings) for name in ("cut.png", "text.jpg", "empty.gif"))
+
+
+def test_a_folder_without_a_readable_image_is_an_error(tmp_path):
+    (tmp_path / "text.jpg").write_text("no image")
+    with pytest.raises(ddim_cifar.UserError, match="none of its 1 image files"):
+        ddim_cifar.load_images("folder", tmp_path)
+
+
+@pytest.fixture
+def cifar10(tmp_path, monkeypatch):
+    """A small CIFAR-10 of the official layout, whose md5 sums torchvision is told, and a server that does not answer."""
+    from torchvision.datasets import CIFAR10
+    from torchvision.datasets.utils import calculate_md5
+
+    folder = tmp_path / CIFAR10.base_folder
+    folder.mkdir()
+    draw = np.random.default_rng(0)
+    lists = {"train_list": CIFAR10.train_list, "test_list": CIFAR10.test_list}
+    for files in lists.values():
+        for name, _ in files:
+            content = {"data": draw.integers(0, 256, (4, 3072), dtype=np.uint8), "labels": [0] * 4}
+            (folder / name).write_bytes(pickle.dumps(content))
+    (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": ["thing"]}))
+
+    def listed(files):
+        return [[name, calculate_md5(str(folder / name))] for name, _ in files]
+
+    for name, files in lists.items():
+        monkeypatch.setattr(CIFAR10, name, listed(files))
+    monkeypatch.setattr(CIFAR10, "meta", {**CIFAR10.meta, "md5": calculate_md5(str(folder / "batches.meta"))})
+
+    def silent(*_, **__):
+        raise urllib.error.URLError(TimeoutError("timed out"))
+
+    monkeypatch.setattr(urllib.request, "urlopen", silent)
+    return folder
+
+
+def test_cifar10_is_found_where_it_is(cifar10):
+    train, test = ddim_cifar.load_images("cifar10", cifar10.parent)
+    with open(cifar10 / "data_batch_1", "rb") as file:
+        first = pickle.load(file)["data"][0].reshape(3, 32, 32)
+    assert len(train) == 20 and len(test) == 4 and np.array_equal(train[0], first)
+
+
+def test_a_damaged_cifar10_is_named_with_its_md5_and_not_unpickled(cifar10):
+    file = cifar10 / "data_batch_3"
+    file.write_bytes(file.read_bytes()[:-10])
+    with pytest.raises(ddim_cifar.UserError) as error:
+        ddim_cifar.load_images("cifar10", cifar10.parent)
+    assert str(file) in str(error.value) and str(error.value).count("md5") == 1 and "the right one" in str(error.value)
+
+
+def test_an_archive_cut_short_is_named_with_its_md5(tmp_path, cifar10):
+    where = tmp_path / "new"
+    where.mkdir()
+    content = io.BytesIO()
+    with tarfile.open(fileobj=content, mode="w:gz") as archive:
+        archive.add(cifar10, cifar10.name)
+    (where / "cifar-10-python.tar.gz").write_bytes(content.getvalue()[:-100])
+    with pytest.raises(ddim_cifar.UserError, match=r"cifar-10-python.tar.gz is corrupt .* its md5 is .* the right one c58f30108f71"):
+        ddim_cifar.load_images("cifar10", where)
+
+
+def test_a_real_run_without_cifar10_stops_and_says_what_to_fetch(ddim, tmp_path, cifar10):
+    result = ddim("--data-dir", tmp_path / "none", "--epochs", "2", flags=NETWORK)
+    (line,) = result.err.splitlines()
+    assert result.code == 2
+    assert all(
+        word in line for word in (ddim_cifar.CIFAR10_URL, "c58f30108f718f92721af3b95e74349a", str(tmp_path / "none"), "--dataset synthetic")
+    )

@@ -1,0 +1,95 @@
+"""A tiny model learns the shapes; and several processes train and sample as one."""
+
+import csv
+import os
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from conftest import NETWORK, TINY
+from test_command import SCRIPT
+
+import ddim_cifar
+
+
+def read_log(folder):
+    with open(folder / "ddim_log.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def torchrun(processes, *flags, wait=True):
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc_per_node={processes}",
+        str(SCRIPT),
+        *map(str, flags),
+    ]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    if not wait:
+        return process
+    out, err = process.communicate(timeout=170)
+    return process.returncode, out, err
+
+
+def test_a_tiny_model_learns_the_shapes(ddim, tmp_path):
+    """Untrained it is 1.0; without the time embedding, the schedule or the average wired right it stays above 0.2."""
+    learning = (
+        "--batch-size",
+        "16",
+        "--precision",
+        "fp32",
+        "--iterations",
+        "150",
+        "--lr",
+        "2e-3",
+        "--warmup",
+        "20",
+        "--dropout",
+        "0",
+        "--ema-decay",
+        "0.98",
+    )
+    result = ddim(*NETWORK, "--dataset", "synthetic", "--sample-steps", "5", *learning, flags=[])
+    assert result.code == 0 and float(read_log(tmp_path)[-1]["val_loss"]) < 0.12
+
+
+def test_two_processes_train_and_sample_as_one(ddim, tmp_path):
+    flags = (*TINY, "--dropout", "0", "--precision", "fp32", "--iterations", "4", "--lr", "1e-3", "--warmup", "0", "--num-samples", "5")
+    ddim(*flags, "--export", tmp_path / "one.npz", flags=[], out_dir=tmp_path / "one")
+    code, out, err = torchrun(2, *flags, "--out-dir", tmp_path / "two", "--export", tmp_path / "two.npz")
+    assert code == 0, err
+    assert out.count("epoch 1/1") == 1 and "2 processes" in out
+    for one, two in zip(read_log(tmp_path / "one"), read_log(tmp_path / "two")):
+        assert float(two["loss"]) == pytest.approx(float(one["loss"]), rel=1e-5)
+    one, two = (ddim_cifar.load_checkpoint(tmp_path / name / "ddim_model_final.pth", "cpu")["model"] for name in ("one", "two"))
+    # Adam's first steps have the size of the rate however small a gradient is, so a rounding may turn one around
+    assert all((one[name] - two[name]).abs().mean() < 1e-4 for name in one)
+    pictures = [np.load(tmp_path / f"{name}.npz")["arr_0"].astype(int) for name in ("one", "two")]
+    assert pictures[0].shape == pictures[1].shape and np.abs(pictures[0] - pictures[1]).mean() < 1
+
+    resumed = ddim("--resume", tmp_path / "two" / "ddim_model_final.pth", "--epochs", "2", flags=[], out_dir=tmp_path / "one")
+    assert resumed.code == 0 and "4 done, 4 to go" in resumed.out
+
+
+def test_a_batch_that_does_not_divide_is_refused(ddim, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    result = ddim("--batch-size", "4")
+    assert result.code == 2 and "--batch-size 4 does not divide among 3 processes" in result.err and "try 6" in result.err
+
+
+def test_the_death_of_one_process_ends_the_others(tmp_path):
+    process = torchrun(2, *TINY, "--epochs", "100000", "--out-dir", tmp_path, wait=False)
+    log = tmp_path / "ddim_log.csv"
+    while process.poll() is None and not (log.exists() and log.read_text().count("\n") > 3):
+        time.sleep(0.1)
+    children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+    os.kill(int(children[-1]), 9)
+    process.communicate(timeout=60)
+    assert process.returncode != 0 and not any(os.path.exists(f"/proc/{child}") for child in children)
