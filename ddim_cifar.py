@@ -539,16 +539,15 @@ class World:
     def __init__(self, device):
         self.rank, self.size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         local = int(os.environ.get("LOCAL_RANK", 0))
-        available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-        kind = next(name for name, there in available.items() if there) if device == "auto" else device
-        if not available[kind.partition(":")[0]]:
-            raise UserError(f"--device {device}: not available here; choose {', '.join(k for k, there in available.items() if there)}")
-        if kind == "cuda":
-            kind = f"cuda:{local}"
+        there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+        there = [name for name in there if there[name]]
+        if device not in ("auto", *there):
+            raise UserError(f"--device {device}: not available here, where there is {', '.join(there)}")
+        self.device = torch.device(there[0] if device == "auto" else device)
+        if self.device.type == "cuda":
             if local >= torch.cuda.device_count():
                 raise UserError(f"process {local} has no GPU: --nproc_per_node must be at most {torch.cuda.device_count()}")
-        self.device = torch.device(kind)
-        if self.device.type == "cuda":
+            self.device = torch.device("cuda", local)
             torch.cuda.set_device(self.device)
         torch.set_num_threads(max(1, available_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
         if self.size > 1:
@@ -657,7 +656,8 @@ def atomic(path):
     except (OSError, RuntimeError) as error:  # torch.save hides a full disk in a RuntimeError
         raise UserError(f"cannot write {path.resolve()}: {error.__context__ or error}") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
 
 
 @dataclass
@@ -1476,6 +1476,8 @@ def export_weights(folder, model, args):
 def prepare_out_dir(args, run, bytes_needed):
     """Find out now what would fail after hours: no permission, no space."""
     try:
+        for path in filter(None, (args.export, args.export_weights)):
+            Path(path).resolve().parent.mkdir(parents=True, exist_ok=True)
         run.out_dir.mkdir(parents=True, exist_ok=True)
         for leftover in run.out_dir.glob("ddim_*.tmp"):  # of a run that was killed while saving
             leftover.unlink()
@@ -1484,7 +1486,7 @@ def prepare_out_dir(args, run, bytes_needed):
         trial.unlink()
         free = shutil.disk_usage(run.out_dir).free
     except OSError as error:
-        raise UserError(f"--out-dir {args.out_dir}: cannot write there ({error.strerror})") from error
+        raise UserError(f"cannot write to {error.filename}: {error.strerror} (--out-dir, --export, --export-weights)") from error
     if free < bytes_needed:
         raise UserError(f"--out-dir {args.out_dir}: {free / 1e6:,.0f} MB free, {bytes_needed / 1e6:,.0f} MB needed")
 

@@ -207,8 +207,14 @@ def torture(folder, signum, stops, flags, seed=0):
         stopped += 1
 
 
-@pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGTERM])
-@pytest.mark.parametrize("stops", [2, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("signum", "stops"),
+    [
+        (signal.SIGKILL, 2),
+        pytest.param(signal.SIGKILL, 20, marks=pytest.mark.slow),
+        pytest.param(signal.SIGTERM, 20, marks=pytest.mark.slow),
+    ],
+)
 def test_a_run_stopped_at_random_moments_ends_as_if_left_alone(tmp_path, signum, stops):
     flags = [*TINY, *DROPOUT, "--epochs", str(stops + 1), "--iterations", "15", "--save-every", "2", "--save-minutes", "0"]
     assert ddim_cifar.main([*flags, "--out-dir", str(tmp_path / "alone")]) == 0

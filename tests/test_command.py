@@ -117,6 +117,7 @@ def test_a_wrong_flag_is_explained(ddim, flags, words):
         (["--dataset", "folder", "--data-dir", "{}/none"], ["--data-dir", "none", "no such folder"]),
         (["--dataset", "folder", "--data-dir", "{}"], ["--data-dir", "holds no image files"]),
         (["--out-dir", "{}/file/out"], ["--out-dir", "file/out"]),
+        (["--export", "{}/file/x.npz"], ["--export", "file"]),
     ],
 )
 def test_a_wrong_path_is_explained_in_one_line(ddim, tmp_path, flags, words):

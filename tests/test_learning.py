@@ -8,7 +8,7 @@ import time
 
 import numpy as np
 import pytest
-from conftest import NETWORK, TINY
+from conftest import TINY
 from test_command import SCRIPT
 
 import ddim_cifar
@@ -39,25 +39,10 @@ def torchrun(processes, *flags, wait=True):
 
 
 def test_a_tiny_model_learns_the_shapes(ddim, tmp_path):
-    """Untrained it is 1.0; without the time embedding, the schedule or the average wired right it stays above 0.2."""
-    learning = (
-        "--batch-size",
-        "16",
-        "--precision",
-        "fp32",
-        "--iterations",
-        "150",
-        "--lr",
-        "2e-3",
-        "--warmup",
-        "20",
-        "--dropout",
-        "0",
-        "--ema-decay",
-        "0.98",
-    )
-    result = ddim(*NETWORK, "--dataset", "synthetic", "--sample-steps", "5", *learning, flags=[])
-    assert result.code == 0 and float(read_log(tmp_path)[-1]["val_loss"]) < 0.12
+    """Eighty steps reach 0.055. The loss is 1 untrained, and stays near it if the average, the noise or the optimizer is wired wrongly."""
+    learning = ["--batch-size", "8", "--iterations", "80", "--lr", "3e-3", "--warmup", "10", "--dropout", "0", "--ema-decay", "0.95"]
+    result = ddim(*TINY, *learning, flags=[])
+    assert result.code == 0 and float(read_log(tmp_path)[-1]["val_loss"]) < 0.08
 
 
 def test_two_processes_train_and_sample_as_one(ddim, tmp_path):
