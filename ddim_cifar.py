@@ -827,9 +827,10 @@ class Run:
         return torch.autocast(self.world.device.type, torch.bfloat16, enabled=self.precision == "bf16")
 
     def compiled(self, network, evaluations):
-        """The network compiled, where that was asked for or where so many evaluations earn back the minute it takes."""
+        """The network compiled, if that was asked for or so many evaluations of a batch earn back the minute it takes."""
         earned = self.world.device.type == "cuda" and evaluations >= 2000 and importlib.util.find_spec("triton")
-        return torch.compile(network) if self.compile == "on" or (self.compile == "auto" and earned) else network
+        wanted = {"on": evaluations > 0, "auto": earned, "off": False}[self.compile]
+        return torch.compile(network) if wanted else network
 
 
 def choose_precision(asked, device):
@@ -986,8 +987,8 @@ class Sampler:
             self.bar.update(len(x) * self.run.world.size)
         return eps
 
-    def noise(self, indices, stream=4):
-        return self.normal([rng(self.args.seed, stream, i) for i in indices])
+    def noise(self, indices):
+        return self.normal([rng(self.args.seed, 4, i) for i in indices])
 
     def normal(self, generators):
         x = np.stack([generator.standard_normal((3, SIZE, SIZE), dtype=np.float32) for generator in generators])
@@ -1091,7 +1092,7 @@ def save_samples(sampler, path, export=None):
     """The grid of the first images, and all of them in `export` if that is given."""
     count, steps, chief = sampler.args.num_samples, sampler.args.sample_steps[-1], sampler.run.world.chief
     writer = Export(export, count, sampler) if export else None
-    todo = writer.todo() if export else range(min(count, 256))
+    todo = sampler.run.world.gather(writer.todo())[0] if export else range(min(count, 256))
     shown = {}
     with ThreadPoolExecutor(1) as pool:  # files are written while the next images are computed
         writing = []
@@ -1115,7 +1116,6 @@ class Export:
         self.archive = np.zeros((count, SIZE, SIZE, 3), np.uint8) if self.path.suffix == ".npz" else None
         if self.archive is None and sampler.run.world.chief:
             self.prepare_folder(sampler)
-        sampler.run.world.gather(None)  # the others wait for the folder
 
     def file(self, i):
         return self.path / f"{i:05d}.png"
@@ -1126,7 +1126,7 @@ class Export:
         for value in sampler.model.state_dict().values():
             crc = zlib.crc32(value.cpu().contiguous().numpy().tobytes(), crc)
         names = ("seed", "sample_steps", "tau", "order", "eta", "clip_x0", "timesteps", "beta_start", "beta_end")
-        origin = {"weights_crc32": crc} | {name: getattr(sampler.args, name) for name in names}
+        origin = {"weights_crc32": crc, "precision": sampler.run.precision} | {name: getattr(sampler.args, name) for name in names}
         note = self.path / ".origin.json"
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -1257,8 +1257,11 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
         super().__init__(prog, max_help_position=34, width=min(130, shutil.get_terminal_size().columns))
 
     def _get_help_string(self, action):
-        plain = action.default in (None, False) or "%(default)" in action.help
-        return action.help if plain else f"{action.help} [{spell(action.default)}]"
+        silent = action.default is None or action.default is False or action.default == argparse.SUPPRESS
+        return action.help if silent else f"{action.help} [{spell(action.default)}]"
+
+    def _get_default_metavar_for_optional(self, action):
+        return "N"
 
 
 def spell(value):
@@ -1296,7 +1299,7 @@ def make_parser():
     count, share = number(int, 1), number(float, 0, 1)
 
     group = parser.add_argument_group("training")
-    group.add_argument("--epochs", type=count, default=1, help="length of training, together with")
+    group.add_argument("--epochs", type=count, default=1, help="length of training, in epochs of --iterations steps")
     group.add_argument("--iterations", type=count, default=1, help="optimizer steps per epoch, however long the data set")
     group.add_argument("--batch-size", type=count, default=32, help="images per step, over all processes")
     group.add_argument("--lr", type=number(float, 0, above=True), default=2e-4, help="Adam's learning rate")
@@ -1561,7 +1564,7 @@ def execute(args, checkpoint, run):
         network = model if args.no_ema else ema
     else:
         network = model
-    evaluations = args.num_samples * args.sample_steps[-1] // 256
+    evaluations = math.ceil(args.num_samples * args.sample_steps[-1] / 256)
     sampler = Sampler(network, schedule, args, run, evaluations)
     save_samples(sampler, run.out_dir / "ddim_samples.png", args.export)
     experiments = {
