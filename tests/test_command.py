@@ -21,10 +21,15 @@ SCRIPT = Path(ddim_cifar.__file__)
 OFFLINE = {"http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9"}  # refuses at once
 
 
+def heed_signals():
+    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # a test suite in the background hands down that they are ignored
+        signal.signal(signum, signal.SIG_DFL)
+
+
 def start(*flags, **options):
     environment = {**os.environ, **OFFLINE}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen([sys.executable, str(SCRIPT), *flags], env=environment, **pipes, **options)
+    return subprocess.Popen([sys.executable, str(SCRIPT), *flags], env=environment, preexec_fn=heed_signals, **pipes, **options)
 
 
 def test_quick_test_works_without_network_and_says_what_it_did(tmp_path):
