@@ -233,14 +233,15 @@ class NoiseSchedule:
         return signal_scale * x_0 + noise_scale * eps
 
 
-TAUS = ("uniform", "quadratic", "logsnr")
+TAUS = ("uniform", "quadratic", "karras")
 
 
 def ddim_timesteps(timesteps, steps, tau, schedule=None):
     """The sub-sequence tau of 0..timesteps-1 that sampling visits (App. D.2): `steps` distinct ints, ascending.
 
-    tau: "uniform" floor(i T / S); "quadratic" floor(c i^2) with the last at 0.8 T, as in the official code; "logsnr" equal steps in
-    log(alpha / (1 - alpha)) of `schedule` (the default one of `timesteps` steps if None). ValueError unless 1 <= steps <= timesteps.
+    tau: "uniform" floor(i T / S); "quadratic" floor(c i^2) with the last at 0.8 T, as in the official code; "karras" equal steps in
+    sigma^(1/7), the sigma of Eq. 14 (arXiv 2206.00364, Eq. 5), by `schedule` (the default one of `timesteps` steps if None).
+    ValueError unless 1 <= steps <= timesteps.
     """
     if not 1 <= steps <= timesteps:
         raise ValueError(f"steps must be in 1..{timesteps}, not {steps}")
@@ -249,11 +250,10 @@ def ddim_timesteps(timesteps, steps, tau, schedule=None):
         wanted = i * timesteps // steps
     elif tau == "quadratic":
         wanted = 4 * timesteps * i**2 // (5 * (steps - 1) ** 2) if steps > 1 else np.array([4 * timesteps // 5])
-    elif tau == "logsnr":
+    elif tau == "karras":
         alphas = (schedule or NoiseSchedule(timesteps)).alphas_cumprod.numpy()
-        logsnr = np.log(alphas / (1 - alphas))
-        ends = (logsnr[0], logsnr[-1]) if steps > 1 else (logsnr[-1], logsnr[-1])
-        wanted = np.interp(-np.linspace(*ends, steps), -logsnr, np.arange(timesteps)).round().astype(int)
+        warped = ((1 - alphas) / alphas) ** (1 / 14)
+        wanted = np.interp(np.linspace(warped[-1], warped[0], steps)[::-1], warped, np.arange(timesteps)).round().astype(int)
     else:
         raise ValueError(f"tau must be one of {', '.join(TAUS)}, not {tau!r}")
     distinct = np.maximum.accumulate(wanted - i) + i  # where values collide, the next free integer ...

@@ -109,15 +109,15 @@ def test_where_quadratic_steps_collide_each_takes_the_next_free_integer(steps):
 
 
 @pytest.mark.parametrize("schedule", [NoiseSchedule(1000), NoiseSchedule(1000, 1e-3, 0.01)])
-def test_logsnr_takes_equal_steps_in_log_snr_from_end_to_end(schedule):
-    logsnr = (schedule.alphas_cumprod / (1 - schedule.alphas_cumprod)).log().numpy()
-    chosen = ddim_timesteps(1000, 10, "logsnr", schedule)
-    ideal = np.linspace(logsnr[0], logsnr[-1], 10)
-    assert chosen[0] == 0 and chosen[-1] == 999
-    assert all(abs(logsnr[t] - wanted) <= abs(logsnr - wanted).min() + 1e-2 for t, wanted in zip(chosen, ideal))
+def test_karras_takes_equal_steps_in_the_seventh_root_of_sigma_from_end_to_end(schedule):
+    warped = ((1 - schedule.alphas_cumprod) / schedule.alphas_cumprod).sqrt().numpy() ** (1 / 7)
+    chosen = ddim_timesteps(1000, 10, "karras", schedule)
+    ideal = np.linspace(warped[0], warped[-1], 10)
+    assert (chosen[0], chosen[-1]) == (0, 999)
+    assert all(abs(warped[t] - wanted) <= abs(warped - wanted).min() + 1e-3 for t, wanted in zip(chosen, ideal))
 
 
-@pytest.mark.parametrize(("steps", "tau"), [(0, "uniform"), (-1, "quadratic"), (1001, "quadratic"), (1001, "logsnr"), (10, "cubic")])
+@pytest.mark.parametrize(("steps", "tau"), [(0, "uniform"), (-1, "quadratic"), (1001, "quadratic"), (1001, "karras"), (10, "cubic")])
 def test_impossible_numbers_of_steps_and_unknown_taus_are_value_errors(steps, tau):
     with pytest.raises(ValueError, match="must be"):
         ddim_timesteps(1000, steps, tau)

@@ -50,7 +50,7 @@ def test_random_steps_are_the_same_whatever_else_is_asked_for(export):
 def test_every_sampling_flag_changes_the_picture(export):
     plain = export("plain.npz", "--num-samples", "2")
     for i, flags in enumerate(
-        (["--no-ema"], ["--clip-x0"], ["--order", "2"], ["--tau", "uniform"], ["--tau", "logsnr"], ["--sample-steps", "4"])
+        (["--no-ema"], ["--clip-x0"], ["--order", "2"], ["--tau", "uniform"], ["--tau", "karras"], ["--sample-steps", "4"])
     ):
         assert not np.array_equal(plain, export(f"{i}.npz", "--num-samples", "2", *flags)), flags
 
