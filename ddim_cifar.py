@@ -335,14 +335,29 @@ def slerp(a, b, weight):
 SIZE = 32
 HELD_OUT = 256  # images of the held-out loss
 CIFAR10_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"
+RANK, LOCAL_RANK = (int(os.environ.get(name, 0)) for name in ("RANK", "LOCAL_RANK"))  # this process, among those that torchrun started
+WORLD_SIZE, LOCAL_WORLD_SIZE = (int(os.environ.get(name, 1)) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
 
 
 class UserError(Exception):
     """A mistake or a misfortune that one line explains."""
 
+    exit_code = 2
+
 
 class Offline(UserError):
     """CIFAR-10 is neither here nor to be downloaded."""
+
+
+def say(text, file=None):
+    """A line from the first process alone, that does not tear the progress bar."""
+    if RANK == 0:
+        tqdm.write(text, file=file or sys.stdout)
+        (file or sys.stdout).flush()
+
+
+def progress(items=None, **options):
+    return tqdm(items, disable=None, dynamic_ncols=True, **options)  # None: silent when stderr is no terminal
 
 
 def rng(*key):
@@ -373,10 +388,8 @@ def open_cifar10(data_dir):
     def splits():
         return [CIFAR10(data_dir, train=train) for train in (True, False)]
 
-    try:
+    with contextlib.suppress(RuntimeError):  # torchvision's word for "not there, or not whole"
         return splits()
-    except RuntimeError:  # torchvision's word for "not there, or not whole"
-        pass
     timeout = socket.getdefaulttimeout()
     socket.setdefaulttimeout(30)
     try:
@@ -470,7 +483,7 @@ class Order:
     Yields the indices of this process's share of the global batch.
     """
 
-    def __init__(self, count, batch_size, seed, first, last, rank=0, world_size=1):
+    def __init__(self, count, batch_size, seed, first, last, rank=RANK, world_size=WORLD_SIZE):
         self.count, self.seed, self.steps, self.batch_size = count, seed, range(first, last), batch_size
         share = batch_size // world_size
         self.share = slice(rank * share, (rank + 1) * share)
@@ -503,7 +516,7 @@ def to_uint8(x):
 class Draws:
     """Flips, t and eps of step n, drawn on the device from (seed, n) for the whole global batch; a process takes its share."""
 
-    def __init__(self, batch_size, timesteps, seed, device, rank=0, world_size=1):
+    def __init__(self, batch_size, timesteps, seed, device, rank=RANK, world_size=WORLD_SIZE):
         self.batch_size, self.timesteps, self.seed, self.device, self.rank = batch_size, timesteps, seed, device, rank
         self.share = slice(rank * batch_size // world_size, (rank + 1) * batch_size // world_size)
         self.generator = torch.Generator(device)
@@ -522,65 +535,22 @@ class Draws:
 # ---- Training --------------------------------------------------------------------------------------------------------
 
 
-def say(text, file=None):
-    """A line from the first process alone, that does not tear the progress bar."""
-    if os.environ.get("RANK", "0") == "0":
-        tqdm.write(text, file=file or sys.stdout)
-        (file or sys.stdout).flush()
-
-
-def progress(items=None, **options):
-    return tqdm(items, disable=None, dynamic_ncols=True, **options)  # None: silent when stderr is no terminal
-
-
-class World:
-    """The processes of this run: one, or those that torchrun started."""
-
-    def __init__(self, device):
-        self.rank, self.size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        local = int(os.environ.get("LOCAL_RANK", 0))
-        there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-        there = [name for name in there if there[name]]
-        if device not in ("auto", *there):
-            raise UserError(f"--device {device}: not available here, where there is {', '.join(there)}")
-        self.device = torch.device(there[0] if device == "auto" else device)
-        if self.device.type == "cuda":
-            if local >= torch.cuda.device_count():
-                raise UserError(f"process {local} has no GPU: --nproc_per_node must be at most {torch.cuda.device_count()}")
-            self.device = torch.device("cuda", local)
-            torch.cuda.set_device(self.device)
-        torch.set_num_threads(max(1, available_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
-        if self.size > 1:
-            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
-
-    @property
-    def chief(self):
-        return self.rank == 0
-
-    def close(self):
-        if dist.is_initialized():
-            dist.destroy_process_group()
-
-    def gather(self, item):
-        """The items of all processes, in order of rank."""
-        items = [item]
-        if self.size > 1:
-            items = [None] * self.size
-            dist.all_gather_object(items, item)
-        return items
-
-    def mean(self, value):
-        if self.size > 1:
-            dist.all_reduce(value)
-            value /= self.size
-        return value
-
-    def max(self, number):
-        if self.size == 1:
-            return number
-        number = torch.tensor(number, device=self.device)
-        dist.all_reduce(number, dist.ReduceOp.MAX)
-        return int(number)
+def start_processes(asked):
+    """Join the processes that torchrun started, if it did, and return the device of this one."""
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    there = [name for name in there if there[name]]
+    if asked not in ("auto", *there):
+        raise UserError(f"--device {asked}: not available here, where there is {', '.join(there)}")
+    device = torch.device(there[0] if asked == "auto" else asked)
+    if device.type == "cuda":
+        if torch.cuda.device_count() <= LOCAL_RANK:
+            raise UserError(f"process {LOCAL_RANK} has no GPU: --nproc_per_node must be at most {torch.cuda.device_count()}")
+        device = torch.device("cuda", LOCAL_RANK)
+        torch.cuda.set_device(device)
+    torch.set_num_threads(max(1, available_cores() // LOCAL_WORLD_SIZE))
+    if WORLD_SIZE > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return device
 
 
 def available_cores():
@@ -590,6 +560,20 @@ def available_cores():
         quota, period = map(int, Path("/sys/fs/cgroup/cpu.max").read_text().split())  # "max 100000" without a limit
         cores = min(cores, max(1, quota // period))
     return cores
+
+
+def gather(item):
+    """The items of all processes, in order of rank."""
+    items = [item] * WORLD_SIZE
+    if WORLD_SIZE > 1:
+        dist.all_gather_object(items, item)
+    return items
+
+
+def sum_over_processes(tensor):
+    if WORLD_SIZE > 1:
+        dist.all_reduce(tensor)
+    return tensor
 
 
 class Stopped(BaseException):
@@ -816,7 +800,7 @@ class Log:
 class Run:
     """Where and how the network runs."""
 
-    world: World
+    device: torch.device
     signals: Signals
     precision: str
     compile: str
@@ -824,11 +808,11 @@ class Run:
     saved: Path | None = None  # the newest checkpoint
 
     def autocast(self):
-        return torch.autocast(self.world.device.type, torch.bfloat16, enabled=self.precision == "bf16")
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
 
     def compiled(self, network, evaluations):
         """The network compiled, if that was asked for or so many evaluations of a batch earn back the minute it takes."""
-        earned = self.world.device.type == "cuda" and evaluations >= 2000 and importlib.util.find_spec("triton")
+        earned = self.device.type == "cuda" and evaluations >= 2000 and importlib.util.find_spec("triton")
         wanted = {"on": evaluations > 0, "auto": earned, "off": False}[self.compile]
         return torch.compile(network) if wanted else network
 
@@ -842,41 +826,41 @@ def choose_precision(asked, device):
     return asked if asked != "auto" else "bf16" if fast else "fp32"
 
 
-class HeldOut:
-    """The loss on fixed images, noises and evenly spread t: it falls while the training loss, noisy by nature, looks flat."""
+def held_out_batches(images, schedule, device):
+    """Fixed (x_t, t, eps), evenly spread in t: their loss falls while the training loss, noisy by nature, looks flat."""
+    images = images[:HELD_OUT].to(device)
+    t = torch.arange(len(images), device=device) * schedule.timesteps // len(images)
+    eps = torch.from_numpy(rng(0, 3).standard_normal(images.shape, dtype=np.float32)).to(device)
+    x_t = schedule.add_noise(to_float(images), eps, t).contiguous(memory_format=torch.channels_last)
+    return list(zip(x_t.split(32), t.split(32), eps.split(32)))
 
-    def __init__(self, images, schedule, run):
-        images, device = images[:HELD_OUT], run.world.device
-        self.run = run
-        self.t = (torch.arange(len(images)) * schedule.timesteps // len(images)).to(device)
-        self.eps = torch.from_numpy(rng(0, 3).standard_normal(images.shape, dtype=np.float32)).to(device)
-        self.x_t = schedule.add_noise(to_float(images.to(device)), self.eps, self.t).contiguous(memory_format=torch.channels_last)
 
-    @torch.inference_mode()
-    def __call__(self, model):
-        world = self.run.world
-        total = torch.zeros((), device=world.device)
-        for x_t, t, eps in list(zip(*(part.split(32) for part in (self.x_t, self.t, self.eps))))[world.rank :: world.size]:
-            with self.run.autocast():
-                predicted = model(x_t, t)
-            total += (predicted.float() - eps).square().sum()
-        return float(world.mean(total)) * world.size / self.eps.numel()
+@torch.inference_mode()
+def held_out_loss(model, batches, run):
+    total = torch.zeros((), device=run.device)
+    for x_t, t, eps in batches[RANK::WORLD_SIZE]:
+        with run.autocast():
+            predicted = model(x_t, t)
+        total += (predicted.float() - eps).square().sum()
+    return float(sum_over_processes(total)) / sum(eps.numel() for _, _, eps in batches)
 
 
 BAD_STEPS = 10  # in a row, before giving up
 
 
-class Diverged(Exception):
+class Diverged(UserError):
     """Too many steps in a row without a finite loss or gradient."""
+
+    exit_code = 1
 
 
 def make_step(state, schedule, args, run):
     """step(batch): one optimizer step on uint8 images, this process's share; returns loss and gradient norm, on the device, and lr."""
-    world, device, total = run.world, run.world.device, args.epochs * args.iterations
-    draws = Draws(args.batch_size, schedule.timesteps, args.seed, device, world.rank, world.size)
+    device, total = run.device, args.epochs * args.iterations
+    draws = Draws(args.batch_size, schedule.timesteps, args.seed, device)
     parameters = list(state.model.parameters())
     network = run.compiled(state.model.train(), total - state.step)
-    if world.size > 1:
+    if WORLD_SIZE > 1:
         network = nn.parallel.DistributedDataParallel(network, gradient_as_bucket_view=True, broadcast_buffers=False)
 
     def step(batch):  # nothing in here waits for the device
@@ -889,7 +873,7 @@ def make_step(state, schedule, args, run):
         state.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         grad_norm = nn.utils.clip_grad_norm_(parameters, args.grad_clip)
-        loss = world.mean(loss.detach())
+        loss = sum_over_processes(loss.detach()) / WORLD_SIZE
         lr = learning_rate(state.step, total, args.lr, args.warmup, args.lr_decay)
         state.optimizer.param_groups[0]["lr"] = lr
         state.optimizer.found_inf = (~(loss + grad_norm).isfinite()).float()  # 1: the fused kernel leaves everything as it is
@@ -906,34 +890,33 @@ def train(state, images, held_out, schedule, args, config, run, preview):
 
     Raises Stopped when a signal came, with ddim_model_last.pth saved, and Diverged after BAD_STEPS bad steps in a row.
     """
-    world, device, total = run.world, run.world.device, args.epochs * args.iterations
-    share = {"rank": world.rank, "world_size": world.size}
-    loader = make_loader(images, Order(len(images), args.batch_size, args.seed, state.step, total, **share), device)
-    held_out_loss = HeldOut(held_out, schedule, run)
+    total = args.epochs * args.iterations
+    loader = make_loader(images, Order(len(images), args.batch_size, args.seed, state.step, total), run.device)
+    fixed = held_out_batches(held_out, schedule, run.device)
     step = make_step(state, schedule, args, run)
 
     def save(name):
         nonlocal last_save
-        if world.chief:
+        if RANK == 0:
             save_checkpoint(run.out_dir / name, state, config)
         say(f"saved {run.out_dir / name}")
         run.saved, last_save = run.out_dir / name, time.monotonic()
 
-    log = Log(run.out_dir / "ddim_log.csv", state.step, total) if world.chief else None
-    log_every = 1 if device.type == "cpu" else 10  # to read a loss is to wait for the device
+    log = Log(run.out_dir / "ddim_log.csv", state.step, total) if RANK == 0 else None
+    log_every = 1 if run.device.type == "cpu" else 10  # to read a loss is to wait for the device
     pending, epoch_losses, bad, skipped = [], [], 0, 0
     clock = last_save = time.monotonic()
     with run.signals.postponing(), contextlib.closing(log) if log else contextlib.nullcontext():
         for batch in loader:
             pending.append(step(batch))
             epoch, rest = divmod(state.step, args.iterations)
-            if rest and state.step % log_every and not (run.signals.received and world.size == 1):
+            if rest and state.step % log_every and not (run.signals.received and WORLD_SIZE == 1):
                 continue
 
             losses, norms = torch.stack([torch.stack(entry[:2]) for entry in pending]).T.tolist()
             seconds = (time.monotonic() - clock) / len(pending)
             due = not rest and (epoch % args.save_every == 0 or state.step == total)
-            val_loss = held_out_loss(state.ema) if due else ""
+            val_loss = held_out_loss(state.ema, fixed, run) if due else ""
             for n, loss, grad_norm, entry in zip(itertools.count(state.step - len(pending)), losses, norms, pending):
                 last = n + 1 == state.step
                 if log:
@@ -943,7 +926,8 @@ def train(state, images, held_out, schedule, args, config, run, preview):
                 skipped += bad > 0
             pending.clear()
             if bad >= BAD_STEPS:
-                raise Diverged
+                good = f"The last good checkpoint is {run.saved}" if run.saved else "No checkpoint had been saved"
+                raise Diverged(f"{BAD_STEPS} steps in a row without a finite loss or gradient; try a lower --lr. {good}")
             if not rest:
                 if log:
                     line = f"epoch {epoch}/{args.epochs}  step {state.step:,}  loss {mean_finite(epoch_losses):.4f}"
@@ -951,7 +935,7 @@ def train(state, images, held_out, schedule, args, config, run, preview):
                     say(line + f"  {args.batch_size / seconds:,.1f} images/s" + (f"  {skipped} bad steps skipped" if skipped else ""))
                 epoch_losses.clear()
 
-            stop = world.max(run.signals.received)
+            stop = max(gather(run.signals.received))
             if due and epoch % args.save_every == 0:
                 save(f"ddim_model_epoch_{epoch}.pth")
             if state.step == total:
@@ -975,7 +959,6 @@ class Sampler:
 
     def __init__(self, model, schedule, args, run, evaluations=0):
         self.model, self.schedule, self.args, self.run = model, schedule, args, run
-        self.device = run.world.device
         self.network = run.compiled(model.eval(), evaluations)
         self.fixed_size = self.network is not model  # another batch size would be compiled anew
         self.bar = None
@@ -984,7 +967,7 @@ class Sampler:
         with self.run.autocast():
             eps = self.network(x, t)
         if self.bar:
-            self.bar.update(len(x) * self.run.world.size)
+            self.bar.update(len(x) * WORLD_SIZE)
         return eps
 
     def noise(self, indices):
@@ -992,7 +975,7 @@ class Sampler:
 
     def normal(self, generators):
         x = np.stack([generator.standard_normal((3, SIZE, SIZE), dtype=np.float32) for generator in generators])
-        return torch.from_numpy(x).to(self.device).contiguous(memory_format=torch.channels_last)
+        return torch.from_numpy(x).to(self.run.device).contiguous(memory_format=torch.channels_last)
 
     def tau(self, steps):
         return ddim_timesteps(self.schedule.timesteps, steps, self.args.tau, self.schedule)
@@ -1008,7 +991,7 @@ class Sampler:
     def batch_size(self):
         if self.args.sample_batch_size:
             return self.args.sample_batch_size
-        if self.device.type != "cuda":
+        if self.run.device.type != "cuda":
             return 64
         probe = self.noise(range(16))
         before = torch.cuda.memory_allocated()
@@ -1022,17 +1005,16 @@ class Sampler:
 
         function: list of indices -> tensor with a row each; evaluations: of the network, per index.
         """
-        world = self.run.world
         chunks = math.ceil(len(indices) / self.batch_size())
-        chunks = min(len(indices), math.ceil(chunks / world.size) * world.size)
+        chunks = min(len(indices), math.ceil(chunks / WORLD_SIZE) * WORLD_SIZE)
         chunks = [chunk.tolist() for chunk in np.array_split(np.asarray(indices), chunks)] if chunks else []
         plain = "{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}"
         with progress(total=len(indices) * evaluations, desc=desc, bar_format=plain) as bar:
-            self.bar = bar if world.chief else None
-            for first in range(0, len(chunks), world.size):
-                turn = chunks[first : first + world.size]
-                mine = self.halving(function, turn[world.rank], len(chunks[0])) if world.rank < len(turn) else None
-                yield from zip(turn, world.gather(mine))
+            self.bar = bar if RANK == 0 else None
+            for first in range(0, len(chunks), WORLD_SIZE):
+                turn = chunks[first : first + WORLD_SIZE]
+                mine = self.halving(function, turn[RANK], len(chunks[0])) if len(turn) > RANK else None
+                yield from zip(turn, gather(mine))
             self.bar = None
 
     def halving(self, function, chunk, size):
@@ -1043,7 +1025,7 @@ class Sampler:
         except (MemoryError, RuntimeError) as error:
             if not out_of_memory(error) or len(chunk) == 1:
                 raise
-        if self.device.type == "cuda":
+        if self.run.device.type == "cuda":
             torch.cuda.empty_cache()
         half = len(chunk) // 2
         return torch.cat([self.halving(function, part, half) for part in (chunk[:half], chunk[half:])])
@@ -1090,19 +1072,19 @@ def save_grid(images, path, **layout):
 
 def save_samples(sampler, path, export=None):
     """The grid of the first images, and all of them in `export` if that is given."""
-    count, steps, chief = sampler.args.num_samples, sampler.args.sample_steps[-1], sampler.run.world.chief
+    count, steps = sampler.args.num_samples, sampler.args.sample_steps[-1]
     writer = Export(export, count, sampler) if export else None
-    todo = sampler.run.world.gather(writer.todo())[0] if export else range(min(count, 256))
+    todo = gather(writer.todo())[0] if export else range(min(count, 256))
     shown = {}
     with ThreadPoolExecutor(1) as pool:  # files are written while the next images are computed
         writing = []
         for chunk, images in sampler.images(todo, steps):
             shown |= {i: image for i, image in zip(chunk, images) if i < 256}
-            if export and chief:
+            if export and RANK == 0:
                 writing.append(pool.submit(writer.add, chunk, images))
         for job in writing:
             job.result()
-    if chief:
+    if RANK == 0:
         if export:
             writer.finish()
         save_grid(torch.stack([shown[i] if i in shown else writer.read(i) for i in range(min(count, 256))]), path)
@@ -1114,7 +1096,7 @@ class Export:
     def __init__(self, path, count, sampler):
         self.path, self.count = Path(path).resolve(), count
         self.archive = np.zeros((count, SIZE, SIZE, 3), np.uint8) if self.path.suffix == ".npz" else None
-        if self.archive is None and sampler.run.world.chief:
+        if self.archive is None and RANK == 0:
             self.prepare_folder(sampler)
 
     def file(self, i):
@@ -1176,7 +1158,7 @@ def trajectory(sampler, out_dir):
         return torch.stack(seen, dim=1)
 
     films = sampler.all(count, frames, steps, "trajectory")  # [count, 1 + steps, 3, 32, 32]
-    if sampler.run.world.chief:
+    if RANK == 0:
         labels = ["x_T"] + [f"t={t}" for t in reversed(sampler.tau(steps))]
         chosen = np.linspace(0, steps, min(11, steps + 1)).round().astype(int).tolist()
         rows = films[:8, chosen].flatten(0, 1)
@@ -1197,53 +1179,65 @@ def interpolation(sampler, out_dir, columns=11):
         return to_uint8(sampler.sample(indices, steps, x_T))
 
     images = sampler.all(pairs * columns, between, steps, "interpolation")
-    if sampler.run.world.chief:
+    if RANK == 0:
         labels = [f"{column / (columns - 1):.1f}" for column in range(columns)]
         save_grid(images, out_dir / "ddim_interpolation.png", columns=columns, column_labels=labels)
 
 
 def consistency(sampler, out_dir):
-    """The same x_T at several S (Sec. 5.2): a row per image, a column per S."""
-    count, lengths = min(8, sampler.args.num_samples), sampler.args.sample_steps
-    columns = [sampler.all(count, lambda chunk, S=S: to_uint8(sampler.sample(chunk, S)), S, f"S = {S}") for S in lengths]
-    if sampler.run.world.chief:
-        images = torch.stack(columns, dim=1).flatten(0, 1)
+    """The same x_T at several S (Sec. 5.2): a row per image, a column per S; and how far each S ends from the last, on [0, 1]."""
+    count, lengths = sampler.args.num_samples, sampler.args.sample_steps
+    columns = [sampler.all(count, lambda chunk, S=S: sampler.sample(chunk, S).clamp(-1, 1), S, f"S = {S}") for S in lengths]
+    if RANK == 0:
+        images = to_uint8(torch.stack([column[:8] for column in columns], dim=1)).flatten(0, 1)
         save_grid(images, out_dir / "ddim_consistency.png", columns=len(lengths), column_labels=[f"S={S}" for S in lengths])
+        rows = [(S, mean_squared_error(column, columns[-1])) for S, column in zip(lengths, columns)]
+        say(f"Mean squared distance of {count:,} images to those at S = {lengths[-1]}, per dimension on [0, 1]:")
+        save_table(out_dir / "ddim_consistency.csv", ("steps", "distance"), rows)
 
 
 PAPER_RECONSTRUCTION = {10: 0.014, 20: 0.0065, 50: 0.0023, 100: 0.0009, 200: 0.0004, 500: 0.0001, 1000: 0.0001}  # Table 2
 
 
 def reconstruction(sampler, test_images, out_dir):
-    """Encode test images in S steps, decode them in S steps: a picture, and the per-dimension mean squared error on [0, 1]."""
+    """Encode test images in S steps, decode them in S steps: a picture, and the error on [0, 1] of Table 2."""
     count = min(len(test_images), sampler.args.num_samples)
-    rows, table = [test_images[:16]], []
+    images, rows, labels = [test_images[:16]], [], ["original"]
     for S in sampler.args.sample_steps:
 
         def there_and_back(indices, S=S):
-            x_0 = to_float(test_images[indices].to(sampler.device)).contiguous(memory_format=torch.channels_last)
-            code = ddim_encode(sampler.eps, x_0, sampler.schedule, sampler.tau(S))
-            return sampler.sample(indices, S, code)
+            x_0 = to_float(test_images[indices].to(sampler.run.device)).contiguous(memory_format=torch.channels_last)
+            return sampler.sample(indices, S, x_T=ddim_encode(sampler.eps, x_0, sampler.schedule, sampler.tau(S)))
 
         decoded = sampler.all(count, there_and_back, 2 * S, f"reconstruction, S = {S}")
-        error = (decoded - to_float(test_images[:count])).div(2).square().mean().item()
-        table.append((S, error, PAPER_RECONSTRUCTION.get(S, "")))
-        rows.append(to_uint8(decoded[:16]))
-    if sampler.run.world.chief:
-        columns, labels = min(16, count), ["original"] + [f"S={S}" for S, *_ in table]
-        images = torch.cat([row[:columns] for row in rows])
-        save_grid(images, out_dir / "ddim_reconstruction.png", columns=columns, row_labels=labels)
-        with atomic(out_dir / "ddim_reconstruction.csv") as file:
-            text = "".join(f"{S},{error:.6g},{paper}\n" for S, error, paper in table)
-            file.write(f"steps,error,paper\n{text}".encode())
-        say(f"wrote {out_dir / 'ddim_reconstruction.csv'}\nReconstruction error of {count:,} test images, per dimension on [0, 1]:")
-        say("\n".join(["     S       here   paper (Table 2)"] + [f"{S:6d} {error:10.4g}   {paper}" for S, error, paper in table]))
+        rows.append((S, mean_squared_error(decoded, to_float(test_images[:count])), PAPER_RECONSTRUCTION.get(S, "")))
+        images.append(to_uint8(decoded[:16]))
+        labels.append(f"S={S}")
+    if RANK == 0:
+        columns = min(16, count)
+        save_grid(torch.cat([row[:columns] for row in images]), out_dir / "ddim_reconstruction.png", columns=columns, row_labels=labels)
+        say(f"Mean squared error of {count:,} reconstructed test images, per dimension on [0, 1], beside the paper's (Table 2):")
+        save_table(out_dir / "ddim_reconstruction.csv", ("steps", "error", "paper"), rows)
+
+
+def mean_squared_error(a, b):
+    """Of images in [-1, 1], as if they were in [0, 1]."""
+    return ((a - b) / 2).square().mean().item()
+
+
+def save_table(path, header, rows):
+    """Show a table, and write it as CSV."""
+    rows = [[f"{cell:.4g}" if isinstance(cell, float) else str(cell) for cell in row] for row in (header, *rows)]
+    say("\n".join("".join(f"{cell:>12}" for cell in row) for row in rows))
+    with atomic(path) as file:
+        file.write("".join(",".join(row) + "\n" for row in rows).encode())
+    say(f"wrote {path}")
 
 
 # ---- Command ---------------------------------------------------------------------------------------------------------
 
 
-class UsageError(Exception):
+class UsageError(UserError):
     """A flag out of range, unknown, or contradicting another."""
 
 
@@ -1282,17 +1276,6 @@ def number(kind, low, high=math.inf, above=False):
     return parse
 
 
-class Numbers(argparse.Action):
-    """Whole numbers, separated by blanks or commas."""
-
-    def __call__(self, parser, namespace, values, option_string=None):
-        parse = number(int, 1)
-        try:
-            setattr(namespace, self.dest, [parse(part) for part in " ".join(values).replace(",", " ").split()])
-        except argparse.ArgumentTypeError as error:
-            raise argparse.ArgumentError(self, str(error)) from None
-
-
 def make_parser():
     parser = Parser(prog="ddim_cifar.py", description=__doc__, formatter_class=HelpFormatter, add_help=False, allow_abbrev=False)
     parser.description = "Train a UNet on CIFAR-10 and sample it with DDIM. Without flags: a quick test."
@@ -1317,9 +1300,9 @@ def make_parser():
 
     group = parser.add_argument_group("network and noise schedule (come from the checkpoint with --resume and --sample)")
     group.add_argument("--channels", type=count, default=128, help="width, a multiple of 32")
-    group.add_argument("--channel-mults", action=Numbers, nargs="+", metavar="M", default=[1, 2, 2, 2], help="times width, per resolution")
+    group.add_argument("--channel-mults", type=count, nargs="+", metavar="M", default=[1, 2, 2, 2], help="times width, per resolution")
     group.add_argument("--res-blocks", type=count, default=2, help="ResBlocks per resolution")
-    group.add_argument("--attn-resolutions", action=Numbers, nargs="*", metavar="R", default=[16], help="sides with attention")
+    group.add_argument("--attn-resolutions", type=count, nargs="*", metavar="R", default=[16], help="sides with attention")
     group.add_argument("--dropout", type=number(float, 0, 0.99), default=0.1, help="in each ResBlock")
     group.add_argument("--timesteps", type=number(int, 2), default=1000, help="T")
     group.add_argument("--beta-start", type=number(float, 0, 0.999, above=True), default=1e-4, help="first beta")
@@ -1328,7 +1311,7 @@ def make_parser():
     group = parser.add_argument_group("sampling")
     group.add_argument("--sample", metavar="CKPT", help="do not train: sample from a checkpoint, or from published weights")
     group.add_argument("--num-samples", type=count, default=16, help="images")
-    group.add_argument("--sample-steps", action=Numbers, nargs="+", metavar="S", default=[50], help="steps; a list is for the experiments")
+    group.add_argument("--sample-steps", type=count, nargs="+", metavar="S", default=[50], help="steps; a list is for the experiments")
     group.add_argument("--tau", choices=TAUS, default="quadratic", help="which steps of T")
     group.add_argument("--order", type=int, choices=[1, 2], default=1, help="2: second-order steps at the same cost, not plain DDIM")
     group.add_argument("--eta", type=share, default=0.0, help="0: DDIM, deterministic; 1: DDPM")
@@ -1342,7 +1325,7 @@ def make_parser():
     group.add_argument("--trajectory", action="store_true", help="predicted x_0 from noise to picture, also as an animation")
     group.add_argument("--interpolate", action="store_true", help="between pairs of x_T")
     group.add_argument("--reconstruct", action="store_true", help="encode and decode test images, with the error of Table 2")
-    group.add_argument("--consistency", action="store_true", help="the same x_T at several S")
+    group.add_argument("--consistency", action="store_true", help="the same x_T at several S, and their distances")
 
     group = parser.add_argument_group("run time")
     group.add_argument("--device", choices=["auto", "cuda", "mps", "cpu"], default="auto", help="auto: cuda, then mps, then cpu")
@@ -1435,10 +1418,9 @@ def check(args, checkpoint):
         raise UsageError(f"--order 2 solves the equation of --eta 0, not of --eta {args.eta}")
     if args.no_ema and args.sample and "model" not in checkpoint:
         raise UsageError(f"--no-ema: {args.sample} holds one set of weights only")
-    world_size = int(os.environ.get("WORLD_SIZE", 1))
-    if args.batch_size % world_size and not args.sample:
-        better = math.ceil(args.batch_size / world_size) * world_size
-        raise UsageError(f"--batch-size {args.batch_size} does not divide among {world_size} processes; try {better}")
+    if args.batch_size % WORLD_SIZE and not args.sample:
+        better = math.ceil(args.batch_size / WORLD_SIZE) * WORLD_SIZE
+        raise UsageError(f"--batch-size {args.batch_size} does not divide among {WORLD_SIZE} processes; try {better}")
 
 
 def newest_checkpoint(out_dir):
@@ -1505,11 +1487,10 @@ def protect_longer_run(out_dir, total):
             raise UserError(f"{path} {more}: go on with --resume auto, or choose another --out-dir")
 
 
-def get_images(args, run):
+def get_images(args):
     """load_images, in the first process of each machine before the others, since it may download. Offline, the quick test draws its own."""
-    patient = int(os.environ.get("LOCAL_RANK", 0)) > 0
-    if patient:
-        run.world.gather(None)
+    if LOCAL_RANK > 0:
+        gather(None)
     try:
         return load_images(args.dataset, args.data_dir)
     except Offline as error:
@@ -1519,13 +1500,13 @@ def get_images(args, run):
         say(f"warning: {error}. This quick test goes on with the synthetic images", sys.stderr)
         return load_images(args.dataset, args.data_dir)
     finally:
-        if not patient:
-            run.world.gather(None)
+        if LOCAL_RANK == 0:
+            gather(None)
 
 
 def execute(args, checkpoint, run):
     """Train, unless --sample was given, then draw what was asked for."""
-    world, device, total = run.world, run.world.device, args.epochs * args.iterations
+    total = args.epochs * args.iterations
     torch.set_float32_matmul_precision("high")  # TF32 where a GPU has it
     torch.backends.cudnn.benchmark = True
     torch.manual_seed(torch_seed(args.seed, 6))
@@ -1533,15 +1514,15 @@ def execute(args, checkpoint, run):
     model = UNet(**{name: getattr(args, name) for name in UNET_FLAGS}, image_size=SIZE)
     if checkpoint:
         model.load_state_dict(checkpoint["ema" if args.sample and not args.no_ema else "model"])
-    model.to(device, memory_format=torch.channels_last)
+    model.to(run.device, memory_format=torch.channels_last)
     size = sum(parameter.numel() for parameter in model.parameters())
 
-    if world.chief:
+    if RANK == 0:
         prepare_out_dir(args, run, 0 if args.sample else 2 * 4 * 4 * size)  # two files of weights, averages and two moments
         if not checkpoint and not args.sample:
             protect_longer_run(run.out_dir, total)
-    train_images, test_images = get_images(args, run) if not args.sample or args.reconstruct else (None, None)
-    say(f"device    {device}, {run.precision}" + (f", {world.size} processes" if world.size > 1 else ""))
+    train_images, test_images = get_images(args) if not args.sample or args.reconstruct else (None, None)
+    say(f"device    {run.device}, {run.precision}" + (f", {WORLD_SIZE} processes" if WORLD_SIZE > 1 else ""))
     say(f"network   {size:,} parameters" + (f", from {args.sample}" if args.sample else ""))
 
     if not args.sample:
@@ -1576,7 +1557,7 @@ def execute(args, checkpoint, run):
     for name, draw in experiments.items():
         if getattr(args, name):
             draw()
-    if args.export_weights and world.chief:
+    if args.export_weights and RANK == 0:
         export_weights(Path(args.export_weights).resolve(), network, args)
 
     script = shlex.quote(sys.argv[0])
@@ -1605,20 +1586,18 @@ def resume_command(argv, saved):
     for i in [i for i, word in enumerate(argv) if word == "--resume"]:
         argv[i : i + 2] = []
     argv = [word for word in argv if not word.startswith("--resume=")]
-    processes = os.environ.get("LOCAL_WORLD_SIZE", "1")
-    start = ["torchrun", "--standalone", f"--nproc_per_node={processes}"] if "RANK" in os.environ else ["python"]
+    start = ["torchrun", "--standalone", f"--nproc_per_node={LOCAL_WORLD_SIZE}"] if "RANK" in os.environ else ["python"]
     return shlex.join([*start, sys.argv[0], *argv, "--resume", str(saved)])
 
 
 def main(argv=None):
     """The command. Returns the exit code: 0; 1 diverged; 2 a mistake or a misfortune, in one line; 128 + the signal that stopped it."""
     args = run = None
-    rank = int(os.environ.get("RANK", 0))
     try:
         with Signals() as signals:
             args, checkpoint = parse_args(argv)
-            world = World(args.device)
-            run = Run(world, signals, choose_precision(args.precision, world.device), args.compile, Path(args.out_dir).resolve())
+            device = start_processes(args.device)
+            run = Run(device, signals, choose_precision(args.precision, device), args.compile, Path(args.out_dir).resolve())
             execute(args, checkpoint, run)
         return 0
     except SystemExit as finished:  # --help
@@ -1627,25 +1606,22 @@ def main(argv=None):
         code, complaint = 128 + stopped.args[0], f"stopped by {signal.Signals(stopped.args[0]).name}"
         if run and run.saved:
             complaint += f"; to go on:\n{resume_command(argv, run.saved)}"
-    except UsageError as error:
-        code, complaint = 2, f"{make_parser().format_usage()}ddim_cifar.py: error: {error}"
     except UserError as error:
-        code, complaint = 2, f"ddim_cifar.py: error: {error}"
-    except Diverged:
-        code, complaint = 1, f"ddim_cifar.py: error: {BAD_STEPS} steps in a row without a finite loss or gradient; try a lower --lr. "
-        complaint += f"The last good checkpoint is {run.saved}" if run.saved else "No checkpoint had been saved"
+        usage = make_parser().format_usage() if isinstance(error, UsageError) else ""
+        code, complaint = error.exit_code, f"{usage}ddim_cifar.py: error: {error}"
     except (MemoryError, RuntimeError) as error:
         if out_of_memory(error):
             smaller = f"--batch-size {max(1, args.batch_size // 2)} (or a smaller --sample-batch-size)"
             code, complaint = 2, f"ddim_cifar.py: error: out of memory; try {smaller}"
-        elif "WORLD_SIZE" in os.environ and run is not None and run.world.size > 1:
-            code, complaint, rank = 1, f"ddim_cifar.py: error: process {rank} lost the others: {str(error).splitlines()[0]}", 0
+        elif WORLD_SIZE > 1 and run:
+            print(f"ddim_cifar.py: error: process {RANK} lost the others: {str(error).splitlines()[0]}", file=sys.stderr)
+            return 1
         else:
             raise
     finally:
-        if run:
-            run.world.close()
-    if rank == 0:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    if RANK == 0:
         print(complaint, file=sys.stderr)
     return code
 

@@ -71,8 +71,7 @@ class Variant:
 class Bench:
     def __init__(self, options):
         self.args = ddim.parse_args(["--channels", str(options.channels), "--device", options.device, "--warmup", "1"])[0]
-        self.world = ddim.World(self.args.device)
-        self.device, self.results = self.world.device, {}
+        self.device, self.results = ddim.start_processes(self.args.device), {}
         self.schedule = ddim.NoiseSchedule(self.args.timesteps, self.args.beta_start, self.args.beta_end)
         self.gpu = self.device.type == "cuda"
         self.short = not self.gpu if options.short is None else options.short
@@ -116,7 +115,7 @@ class Bench:
         return network.to(self.device, memory_format=variant.layout)
 
     def run(self, variant):
-        return ddim.Run(self.world, ddim.Signals(), variant.precision, "on" if variant.compile else "off", Path())
+        return ddim.Run(self.device, ddim.Signals(), variant.precision, "on" if variant.compile else "off", Path())
 
     def state(self, variant):
         model = self.network(variant)
@@ -132,7 +131,7 @@ class Bench:
         from diffusers.training_utils import EMAModel
 
         run, model = self.run(variant), self.network(variant).train()
-        network, parameters = run.compiled(model, 0), list(model.parameters())
+        network, parameters = run.compiled(model, 1), list(model.parameters())
         optimizer = torch.optim.Adam(parameters, lr=self.args.lr, fused=variant.tuned or None)
         ema = EMAModel(parameters, decay=self.args.ema_decay, foreach=variant.tuned)
         scheduler = DDPMScheduler(self.args.timesteps, self.args.beta_start, self.args.beta_end)
@@ -167,12 +166,12 @@ class Bench:
         run, model = self.run(variant), self.network(variant).eval()
         x_T = torch.randn(batch_size, *SHAPE, device=self.device).contiguous(memory_format=variant.layout)
         if variant.network == "ours":
-            sampler = ddim.Sampler(model, self.schedule, self.args, run)
+            sampler = ddim.Sampler(model, self.schedule, self.args, run, evaluations=1)
             tau = sampler.tau(STEPS)[: self.steps]
             return lambda: (variant.use(), ddim.ddim_sample(sampler.eps, x_T, self.schedule, tau))
         from diffusers import DDIMScheduler
 
-        network, scheduler = run.compiled(model, 0), DDIMScheduler.from_config(self.peer_configs["scheduler"])
+        network, scheduler = run.compiled(model, 1), DDIMScheduler.from_config(self.peer_configs["scheduler"])
         scheduler.set_timesteps(STEPS)
 
         @(torch.inference_mode if variant.tuned else torch.no_grad)()
@@ -378,7 +377,7 @@ class Bench:
         for variant, curve in curves.items():
             print(f"    {variant!s:<32}" + "".join(f"{curve[i]:9.5f}" for i in shown))
         for variant in variants:
-            sampler = ddim.Sampler(states[reference].model, self.schedule, self.args, self.run(variant))
+            sampler = ddim.Sampler(states[reference].model, self.schedule, self.args, self.run(variant), evaluations=1)
             pictures[variant] = ddim.to_uint8(sampler.sample(range(count), STEPS)).float()
         print(f"against {reference}, with {count} pictures of its weights from the same x_T in {STEPS} steps")
         for other in others:

@@ -204,6 +204,8 @@ def torture(folder, signum, stops, flags, seed=0):
         if process.returncode == 0:
             return stopped
         assert process.returncode in (-signum, 128 + signum), err
+        if process.returncode > 0 and log.read_text().count("\n") > 1:  # it could say goodbye: what is logged is saved
+            assert str(load(folder / "ddim_model_last.pth")["step"]) == log.read_text().splitlines()[-1].split(",")[0]
         stopped += 1
 
 

@@ -64,7 +64,7 @@ def test_two_processes_train_and_sample_as_one(ddim, tmp_path):
 
 
 def test_a_batch_that_does_not_divide_is_refused(ddim, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "3")
+    monkeypatch.setattr(ddim_cifar, "WORLD_SIZE", 3)
     result = ddim("--batch-size", "4")
     assert result.code == 2 and "--batch-size 4 does not divide among 3 processes" in result.err and "try 6" in result.err
 

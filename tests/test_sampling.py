@@ -108,11 +108,13 @@ def test_the_experiments_draw_their_pictures(ddim, checkpoint, tmp_path):
         "ddim_trajectory.gif",
         *(f"ddim_{name}.png" for name in ("samples", "trajectory", "interpolation", "reconstruction", "consistency")),
     }
-    assert {path.name for path in tmp_path.iterdir()} == {*names, "ddim_reconstruction.csv"}
+    assert {path.name for path in tmp_path.iterdir()} == {*names, "ddim_reconstruction.csv", "ddim_consistency.csv"}
     with Image.open(tmp_path / "ddim_trajectory.gif") as film:
         assert film.n_frames == 5 and film.info["loop"] == 0
     header, *rows = (tmp_path / "ddim_reconstruction.csv").read_text().splitlines()
     assert header == "steps,error,paper" and [row.split(",")[0] for row in rows] == ["2", "4"]
+    header, *rows = (tmp_path / "ddim_consistency.csv").read_text().splitlines()
+    assert header == "steps,distance" and [float(row.split(",")[1]) > 0 for row in rows] == [True, False]
 
 
 def test_experiments_use_the_paper_s_step_counts_by_default():
