@@ -904,7 +904,7 @@ def train(state, images, held_out, schedule, args, config, run, preview):
 
     log = Log(run.out_dir / "ddim_log.csv", state.step, total) if RANK == 0 else None
     log_every = 1 if run.device.type == "cpu" else 10  # to read a loss is to wait for the device
-    pending, epoch_losses, bad, skipped = [], [], 0, 0
+    pending, epoch_losses, epoch_seconds, bad, skipped = [], [], 0.0, 0, 0
     clock = last_save = time.monotonic()
     with run.signals.postponing(), contextlib.closing(log) if log else contextlib.nullcontext():
         for batch in loader:
@@ -922,6 +922,7 @@ def train(state, images, held_out, schedule, args, config, run, preview):
                 if log:
                     log.add(n + 1, n // args.iterations + 1, loss, entry[2], grad_norm, args.batch_size, seconds, val_loss if last else "")
                 epoch_losses.append(loss)
+                epoch_seconds += seconds
                 bad = 0 if math.isfinite(loss + grad_norm) else bad + 1
                 skipped += bad > 0
             pending.clear()
@@ -929,11 +930,11 @@ def train(state, images, held_out, schedule, args, config, run, preview):
                 good = f"The last good checkpoint is {run.saved}" if run.saved else "No checkpoint had been saved"
                 raise Diverged(f"{BAD_STEPS} steps in a row without a finite loss or gradient; try a lower --lr. {good}")
             if not rest:
-                if log:
-                    line = f"epoch {epoch}/{args.epochs}  step {state.step:,}  loss {mean_finite(epoch_losses):.4f}"
-                    line += f"  held-out loss {val_loss:.4f}" if due else ""
-                    say(line + f"  {args.batch_size / seconds:,.1f} images/s" + (f"  {skipped} bad steps skipped" if skipped else ""))
-                epoch_losses.clear()
+                line = f"epoch {epoch}/{args.epochs}  step {state.step:,}  loss {mean_finite(epoch_losses):.4f}"
+                line += f"  held-out loss {val_loss:.4f}" if due else ""
+                line += f"  {args.batch_size * len(epoch_losses) / epoch_seconds:,.1f} images/s"
+                say(line + (f"  {skipped} bad steps skipped" if skipped else ""))
+                epoch_losses, epoch_seconds = [], 0.0
 
             stop = max(gather(run.signals.received))
             if due and epoch % args.save_every == 0:
@@ -1163,9 +1164,9 @@ def trajectory(sampler, out_dir):
         chosen = np.linspace(0, steps, min(11, steps + 1)).round().astype(int).tolist()
         rows = films[:8, chosen].flatten(0, 1)
         save_grid(rows, out_dir / "ddim_trajectory.png", columns=len(chosen), column_labels=[labels[i] for i in chosen])
-        sheets = [draw_grid(films[:, i]) for i in np.linspace(0, steps, min(51, steps + 1)).round().astype(int)]
+        sheets = [draw_grid(films[:, i], scale=2) for i in np.linspace(0, steps, min(26, steps + 1)).round().astype(int)]
         with atomic(out_dir / "ddim_trajectory.gif") as file:
-            sheets[0].save(file, "GIF", save_all=True, append_images=sheets[1:], duration=[80] * (len(sheets) - 1) + [2000], loop=0)
+            sheets[0].save(file, "GIF", save_all=True, append_images=sheets[1:], duration=[120] * (len(sheets) - 1) + [2000], loop=0)
         say(f"wrote {out_dir / 'ddim_trajectory.gif'}")
 
 
@@ -1186,7 +1187,7 @@ def interpolation(sampler, out_dir, columns=11):
 
 def consistency(sampler, out_dir):
     """The same x_T at several S (Sec. 5.2): a row per image, a column per S; and how far each S ends from the last, on [0, 1]."""
-    count, lengths = sampler.args.num_samples, sampler.args.sample_steps
+    count, lengths = min(256, sampler.args.num_samples), sampler.args.sample_steps
     columns = [sampler.all(count, lambda chunk, S=S: sampler.sample(chunk, S).clamp(-1, 1), S, f"S = {S}") for S in lengths]
     if RANK == 0:
         images = to_uint8(torch.stack([column[:8] for column in columns], dim=1)).flatten(0, 1)
