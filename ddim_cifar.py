@@ -14,7 +14,6 @@ import argparse
 import collections
 import contextlib
 import copy
-import csv
 import functools
 import importlib.util
 import io
@@ -36,6 +35,7 @@ import zipfile
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -293,7 +293,7 @@ def ddim_sample(model, x_T, schedule, tau, eta=0.0, *, order=1, clip_x0=False, n
             x_0 = x_0.clamp(-1, 1)
             eps = (x_t - math.sqrt(alpha) * x_0) / math.sqrt(1 - alpha)
         sigma = eta * math.sqrt((1 - alpha_prev) / (1 - alpha)) * math.sqrt(1 - alpha / alpha_prev)  # Eq. 16
-        x_t = math.sqrt(alpha_prev) * x_0 + math.sqrt(1 - alpha_prev - sigma**2) * eps  # Eq. 12
+        x_t = math.sqrt(alpha_prev) * x_0 + math.sqrt(max(0.0, 1 - alpha_prev - sigma**2)) * eps  # Eq. 12
         if sigma > 0:
             x_t += sigma * (noise() if noise else torch.randn_like(x_t))
         if on_step:
@@ -357,7 +357,7 @@ def say(text, file=None):
 
 
 def progress(items=None, **options):
-    return tqdm(items, disable=None, dynamic_ncols=True, **options)  # None: silent when stderr is no terminal
+    return tqdm(items, disable=RANK > 0 or None, dynamic_ncols=True, **options)  # None: silent when stderr is no terminal
 
 
 def rng(*key):
@@ -390,17 +390,20 @@ def open_cifar10(data_dir):
 
     with contextlib.suppress(RuntimeError):  # torchvision's word for "not there, or not whole"
         return splits()
-    timeout = socket.getdefaulttimeout()
+    archive, timeout = Path(data_dir, CIFAR10.filename), socket.getdefaulttimeout()
+    found_here = archive.exists()
     socket.setdefaulttimeout(30)
     try:
         print(f"Downloading CIFAR-10 (163 MB) to {Path(data_dir).resolve()}", flush=True)
         with contextlib.nullcontext() if sys.stderr.isatty() else contextlib.redirect_stderr(io.StringIO()):
             CIFAR10(data_dir, download=True)
         return splits()
-    except (OSError, RuntimeError, EOFError) as error:  # no network, a silent server, an archive cut short, no permission
+    except Exception as error:  # no network, a silent server, an archive cut short, no permission: each has its own
         reason = getattr(error, "reason", error)
     finally:
         socket.setdefaulttimeout(timeout)
+        if archive.is_file() and not found_here and calculate_md5(str(archive)) != CIFAR10.tgz_md5:
+            archive.unlink()  # a download that broke off
     known = [(CIFAR10.base_folder + "/" + name, md5) for name, md5 in CIFAR10.train_list + CIFAR10.test_list]
     for name, md5 in [*known, (CIFAR10.filename, CIFAR10.tgz_md5)]:
         file = Path(data_dir, name)
@@ -508,11 +511,6 @@ def to_float(images):
     return images.float() / 127.5 - 1
 
 
-def to_uint8(x):
-    """[-1, 1] to 0..255, rounded and clamped: the inverse of u8 / 127.5 - 1."""
-    return ((x + 1) * 127.5).clamp(0, 255).round().to(torch.uint8)
-
-
 class Draws:
     """Flips, t and eps of step n, drawn on the device from (seed, n) for the whole global batch; a process takes its share."""
 
@@ -537,19 +535,19 @@ class Draws:
 
 def start_processes(asked):
     """Join the processes that torchrun started, if it did, and return the device of this one."""
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    there = [name for name in there if there[name]]
+    there = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available() + ["cpu"]
     if asked not in ("auto", *there):
         raise UserError(f"--device {asked}: not available here, where there is {', '.join(there)}")
     device = torch.device(there[0] if asked == "auto" else asked)
     if device.type == "cuda":
-        if torch.cuda.device_count() <= LOCAL_RANK:
-            raise UserError(f"process {LOCAL_RANK} has no GPU: --nproc_per_node must be at most {torch.cuda.device_count()}")
+        if torch.cuda.device_count() < LOCAL_WORLD_SIZE:
+            raise UserError(f"{LOCAL_WORLD_SIZE} processes for {torch.cuda.device_count()} GPUs: lower --nproc_per_node")
         device = torch.device("cuda", LOCAL_RANK)
         torch.cuda.set_device(device)
     torch.set_num_threads(max(1, available_cores() // LOCAL_WORLD_SIZE))
     if WORLD_SIZE > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        patience = timedelta(hours=2)  # the others wait while the first downloads CIFAR-10
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=patience)
     return device
 
 
@@ -773,21 +771,21 @@ class Log:
     def __init__(self, path, step, total):
         kept = []
         if step and path.is_file():
-            rows = csv.reader(path.read_text(errors="replace").splitlines())
-            kept = [row for row in rows if len(row) == len(self.COLUMNS) and row[0].isdigit() and int(row[0]) <= step]
+            rows = [line.split(",") for line in path.read_text(errors="replace").splitlines()]
+            whole = [row for row in rows if len(row) == len(self.COLUMNS) and row[0].isdigit() and row[-1][-1:].isdigit()]
+            kept = [row for row in whole if int(row[0]) <= step]
         with atomic(path) as file:
             file.write("".join(",".join(row) + "\n" for row in [self.COLUMNS, *kept]).encode())
         self.seconds = float(kept[-1][-1]) if kept else 0.0
-        self.file = open(path, "a", newline="", buffering=1)  # noqa: SIM115 (closed by close)
-        self.writer = csv.writer(self.file, lineterminator="\n")
+        self.file = open(path, "a", newline="\n", buffering=1)  # noqa: SIM115 (closed by close)
         self.recent = collections.deque(maxlen=100)
         self.bar = progress(total=total, initial=step, unit="step")
 
     def add(self, step, epoch, loss, lr, grad_norm, images, seconds, val_loss=""):
         self.seconds += seconds
         self.recent.append(loss)
-        row = [loss, val_loss, lr, grad_norm, images / seconds, self.seconds]
-        self.writer.writerow([step, epoch, *(f"{value:.7g}" if isinstance(value, float) else value for value in row)])
+        row = [step, epoch, loss, val_loss, lr, grad_norm, images / seconds, self.seconds]
+        self.file.write(",".join(f"{value:.7g}" if isinstance(value, float) else str(value) for value in row) + "\n")
         self.bar.update()
         self.bar.set_postfix_str(f"loss {mean_finite(self.recent):.4f}, {images / seconds:,.1f} images/s", refresh=False)
 
@@ -812,7 +810,8 @@ class Run:
 
     def compiled(self, network, evaluations):
         """The network compiled, if that was asked for or so many evaluations of a batch earn back the minute it takes."""
-        earned = self.device.type == "cuda" and evaluations >= 2000 and importlib.util.find_spec("triton")
+        able = importlib.util.find_spec("triton") and any(map(shutil.which, ("cc", "gcc", "clang")))
+        earned = self.device.type == "cuda" and evaluations >= 2000 and able and torch.cuda.get_device_capability(self.device) >= (7, 0)
         wanted = {"on": evaluations > 0, "auto": earned, "off": False}[self.compile]
         return torch.compile(network) if wanted else network
 
@@ -877,7 +876,8 @@ def make_step(state, schedule, args, run):
         lr = learning_rate(state.step, total, args.lr, args.warmup, args.lr_decay)
         state.optimizer.param_groups[0]["lr"] = lr
         state.optimizer.found_inf = (~(loss + grad_norm).isfinite()).float()  # 1: the fused kernel leaves everything as it is
-        state.optimizer.step()
+        if device.type != "mps" or not state.optimizer.found_inf:  # Metal's kernel passes over found_inf in some versions
+            state.optimizer.step()
         update_ema(state.ema, state.model, state.step, args.ema_decay)
         state.step += 1
         return loss, grad_norm, lr
@@ -948,11 +948,15 @@ def train(state, images, held_out, schedule, args, config, run, preview):
             if due and epoch % args.save_every == 0:
                 with run.signals.postponing(False):
                     preview(epoch)
-                state.model.train()
             clock = time.monotonic()
 
 
 # ---- Pictures --------------------------------------------------------------------------------------------------------
+
+
+def to_uint8(x):
+    """[-1, 1] to 0..255, rounded and clamped: the inverse of u8 / 127.5 - 1."""
+    return ((x + 1) * 127.5).clamp(0, 255).round().to(torch.uint8)
 
 
 class Sampler:
@@ -996,9 +1000,11 @@ class Sampler:
             return 64
         probe = self.noise(range(16))
         before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        self.model(probe, _full(probe, 0))  # not compiled and in float32: an upper bound
+        for _ in range(2):  # the first also holds what the choice of convolutions tries
+            torch.cuda.reset_peak_memory_stats()
+            self.model(probe, _full(probe, 0))  # not compiled and in float32: an upper bound
         per_image = (torch.cuda.max_memory_allocated() - before) / len(probe)
+        torch.cuda.empty_cache()
         return max(1, min(2048, int(0.8 * torch.cuda.mem_get_info()[0] / per_image)))
 
     def over(self, indices, function, evaluations, desc):
@@ -1006,7 +1012,7 @@ class Sampler:
 
         function: list of indices -> tensor with a row each; evaluations: of the network, per index.
         """
-        chunks = math.ceil(len(indices) / self.batch_size())
+        chunks = math.ceil(len(indices) / min(gather(self.batch_size())))
         chunks = min(len(indices), math.ceil(chunks / WORLD_SIZE) * WORLD_SIZE)
         chunks = [chunk.tolist() for chunk in np.array_split(np.asarray(indices), chunks)] if chunks else []
         plain = "{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}"
@@ -1040,7 +1046,8 @@ class Sampler:
 
 
 def out_of_memory(error):
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "not enough memory" in str(error) or "out of memory" in str(error)
+    words = ("out of memory", "not enough memory", "allocate memory", "ALLOC_FAILED")  # of GPUs, Windows, Linux, and CUDA's libraries
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(word in str(error) for word in words)
 
 
 def draw_grid(images, columns=None, row_labels=(), column_labels=(), scale=None):
@@ -1078,13 +1085,15 @@ def save_samples(sampler, path, export=None):
     todo = gather(writer.todo())[0] if export else range(min(count, 256))
     shown = {}
     with ThreadPoolExecutor(1) as pool:  # files are written while the next images are computed
-        writing = []
+        writing = None
         for chunk, images in sampler.images(todo, steps):
             shown |= {i: image for i, image in zip(chunk, images) if i < 256}
             if export and RANK == 0:
-                writing.append(pool.submit(writer.add, chunk, images))
-        for job in writing:
-            job.result()
+                if writing:
+                    writing.result()  # a full disk ends the run now
+                writing = pool.submit(writer.add, chunk, images)
+        if writing:
+            writing.result()
     if RANK == 0:
         if export:
             writer.finish()
@@ -1113,7 +1122,8 @@ class Export:
         note = self.path / ".origin.json"
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            (self.path / "unfinished.tmp").unlink(missing_ok=True)
+            for leftover in ("unfinished.tmp", f"{note.name}.tmp"):
+                (self.path / leftover).unlink(missing_ok=True)
             strangers = {entry.name for entry in self.path.iterdir()} - {self.file(i).name for i in range(self.count)} - {note.name}
             known = json.loads(note.read_text()) if note.is_file() else None
         except (OSError, ValueError) as error:
@@ -1187,7 +1197,7 @@ def interpolation(sampler, out_dir, columns=11):
 
 def consistency(sampler, out_dir):
     """The same x_T at several S (Sec. 5.2): a row per image, a column per S; and how far each S ends from the last, on [0, 1]."""
-    count, lengths = min(256, sampler.args.num_samples), sampler.args.sample_steps
+    count, lengths = min(256, sampler.args.num_samples), sampler.args.compared_steps
     columns = [sampler.all(count, lambda chunk, S=S: sampler.sample(chunk, S).clamp(-1, 1), S, f"S = {S}") for S in lengths]
     if RANK == 0:
         images = to_uint8(torch.stack([column[:8] for column in columns], dim=1)).flatten(0, 1)
@@ -1200,11 +1210,11 @@ def consistency(sampler, out_dir):
 PAPER_RECONSTRUCTION = {10: 0.014, 20: 0.0065, 50: 0.0023, 100: 0.0009, 200: 0.0004, 500: 0.0001, 1000: 0.0001}  # Table 2
 
 
-def reconstruction(sampler, test_images, out_dir):
+def reconstruction(sampler, out_dir, test_images):
     """Encode test images in S steps, decode them in S steps: a picture, and the error on [0, 1] of Table 2."""
     count = min(len(test_images), sampler.args.num_samples)
     images, rows, labels = [test_images[:16]], [], ["original"]
-    for S in sampler.args.sample_steps:
+    for S in sampler.args.compared_steps:
 
         def there_and_back(indices, S=S):
             x_0 = to_float(test_images[indices].to(sampler.run.device)).contiguous(memory_format=torch.channels_last)
@@ -1306,13 +1316,13 @@ def make_parser():
     group.add_argument("--attn-resolutions", type=count, nargs="*", metavar="R", default=[16], help="sides with attention")
     group.add_argument("--dropout", type=number(float, 0, 0.99), default=0.1, help="in each ResBlock")
     group.add_argument("--timesteps", type=number(int, 2), default=1000, help="T")
-    group.add_argument("--beta-start", type=number(float, 0, 0.999, above=True), default=1e-4, help="first beta")
-    group.add_argument("--beta-end", type=number(float, 0, 0.999, above=True), default=0.02, help="last beta")
+    group.add_argument("--beta-start", type=number(float, 1e-9, 0.999), default=1e-4, help="first beta")
+    group.add_argument("--beta-end", type=number(float, 1e-9, 0.999), default=0.02, help="last beta")
 
     group = parser.add_argument_group("sampling")
     group.add_argument("--sample", metavar="CKPT", help="do not train: sample from a checkpoint, or from published weights")
     group.add_argument("--num-samples", type=count, default=16, help="images")
-    group.add_argument("--sample-steps", type=count, nargs="+", metavar="S", default=[50], help="steps; a list is for the experiments")
+    group.add_argument("--sample-steps", type=count, nargs="+", metavar="S", default=[50], help="steps, or a list of them to compare")
     group.add_argument("--tau", choices=TAUS, default="quadratic", help="which steps of T")
     group.add_argument("--order", type=int, choices=[1, 2], default=1, help="2: second-order steps at the same cost, not plain DDIM")
     group.add_argument("--eta", type=share, default=0.0, help="0: DDIM, deterministic; 1: DDPM")
@@ -1341,7 +1351,7 @@ def make_parser():
 SCHEDULE_FLAGS = ("timesteps", "beta_start", "beta_end")
 TRAINING_FLAGS = ("epochs", "iterations", "batch_size", "lr", "warmup", "lr_decay", "grad_clip", "ema_decay", "save_every", "save_minutes")
 PLACE_FLAGS = ("resume", "sample", "device", "out_dir", "export", "export_weights")  # of this run, not of the model
-EXPERIMENTS = ("trajectory", "interpolate", "reconstruct", "consistency")
+EXPERIMENTS = ("trajectory", "interpolate", "consistency", "reconstruct")
 
 
 def as_argv(config, names):
@@ -1352,7 +1362,7 @@ def as_argv(config, names):
         flag = "--" + name.replace("_", "-")
         if isinstance(value, (list, tuple)):
             argv += [flag, *map(str, value)]
-        elif value not in (None, False):
+        elif value is not None and value is not False:
             argv += [flag] if value is True else [f"{flag}={value}"]
     return argv
 
@@ -1367,6 +1377,9 @@ def parse_args(argv=None):
     given = {name for name, value in marked.items() if value is not unset}
     if args.sample and (clash := given & {"resume", *TRAINING_FLAGS}):
         raise UsageError(f"--sample does not train, which {', '.join('--' + name.replace('_', '-') for name in sorted(clash))} asks for")
+
+    if "" in (args.sample, args.resume):
+        raise UsageError("--sample and --resume need the name of a file")
 
     path, checkpoint = args.sample or args.resume, None
     if path == "auto" and args.resume:
@@ -1391,8 +1404,7 @@ def parse_args(argv=None):
             raise UserError(f"checkpoint {path}: its config does not fit: {error}") from error
         args.resume = str(path) if args.resume else None
 
-    if args.sample_steps == [50] and "sample_steps" not in given and (args.reconstruct or args.consistency):
-        args.sample_steps = [10, 20, 50, 100]
+    args.compared_steps = args.sample_steps if "sample_steps" in given or args.sample_steps != [50] else [10, 20, 50, 100]
     args.quick_test = not path and args.epochs * args.iterations == 1 and "dataset" not in given
     check(args, checkpoint)
     return args, checkpoint
@@ -1403,7 +1415,7 @@ def check(args, checkpoint):
     if args.channels % 32:
         raise UsageError(f"--channels {args.channels}: must be a multiple of 32")
     sides = [SIZE >> level for level in range(len(args.channel_mults))]
-    if not 1 <= len(sides) <= 6:
+    if len(sides) > 6:
         raise UsageError(f"--channel-mults {spell(args.channel_mults)}: 1 to 6 resolutions are possible from {SIZE} pixels")
     if not set(args.attn_resolutions) <= set(sides):
         raise UsageError(f"--attn-resolutions {spell(args.attn_resolutions)}: this network has {spell(sides)}")
@@ -1413,8 +1425,11 @@ def check(args, checkpoint):
         raise UsageError(f"--beta-end {args.beta_end} leaves nothing of the image after {args.timesteps} --timesteps; lower either")
     if args.export_weights and args.channel_mults[0] != 1:
         raise UsageError("--export-weights: diffusers has no such network, its --channel-mults begin with 1")
-    if not args.sample_steps or max(args.sample_steps) > args.timesteps:
-        raise UsageError(f"--sample-steps {spell(args.sample_steps)}: must be in 1..{args.timesteps} (--timesteps)")
+    compares = args.reconstruct or args.consistency
+    if max(steps := args.sample_steps + compares * args.compared_steps) > args.timesteps:
+        raise UsageError(f"--sample-steps {spell(steps)}: must be in 1..{args.timesteps} (--timesteps)")
+    if compares and args.eta > 0:
+        raise UsageError(f"--reconstruct and --consistency are about --eta 0, not --eta {args.eta}")
     if args.order == 2 and args.eta > 0:
         raise UsageError(f"--order 2 solves the equation of --eta 0, not of --eta {args.eta}")
     if args.no_ema and args.sample and "model" not in checkpoint:
@@ -1459,7 +1474,7 @@ def export_weights(folder, model, args):
     say(f"wrote {folder}")
 
 
-def prepare_out_dir(args, run, bytes_needed):
+def prepare_out_dir(args, run, checkpoint_bytes):
     """Find out now what would fail after hours: no permission, no space."""
     try:
         for path in filter(None, (args.export, args.export_weights)):
@@ -1473,8 +1488,12 @@ def prepare_out_dir(args, run, bytes_needed):
         free = shutil.disk_usage(run.out_dir).free
     except OSError as error:
         raise UserError(f"cannot write to {error.filename}: {error.strerror} (--out-dir, --export, --export-weights)") from error
-    if free < bytes_needed:
-        raise UserError(f"--out-dir {args.out_dir}: {free / 1e6:,.0f} MB free, {bytes_needed / 1e6:,.0f} MB needed")
+    for files in (2, 2 + args.epochs // args.save_every):
+        if free < files * checkpoint_bytes:
+            lack = f"{args.out_dir}: {free / 1e6:,.0f} MB free, {files * checkpoint_bytes / 1e6:,.0f} MB needed for {files} checkpoints"
+            if files == 2:
+                raise UserError(f"--out-dir {lack}")
+            say(f"warning: {lack}; see --save-every", sys.stderr)
 
 
 def protect_longer_run(out_dir, total):
@@ -1519,13 +1538,14 @@ def execute(args, checkpoint, run):
     size = sum(parameter.numel() for parameter in model.parameters())
 
     if RANK == 0:
-        prepare_out_dir(args, run, 0 if args.sample else 2 * 4 * 4 * size)  # two files of weights, averages and two moments
+        prepare_out_dir(args, run, 0 if args.sample else 4 * 4 * size)  # weights, averages and two moments
         if not checkpoint and not args.sample:
             protect_longer_run(run.out_dir, total)
     train_images, test_images = get_images(args) if not args.sample or args.reconstruct else (None, None)
     say(f"device    {run.device}, {run.precision}" + (f", {WORLD_SIZE} processes" if WORLD_SIZE > 1 else ""))
     say(f"network   {size:,} parameters" + (f", from {args.sample}" if args.sample else ""))
 
+    network = model
     if not args.sample:
         ema = copy.deepcopy(model).eval().requires_grad_(False)
         state = State(model, ema, torch.optim.Adam(model.parameters(), lr=args.lr, fused=True))
@@ -1534,36 +1554,29 @@ def execute(args, checkpoint, run):
             run.saved = Path(args.resume).resolve()
         say(f"images    {args.dataset}: {len(train_images):,} to train on, {len(test_images):,} held out")
         say(f"steps     {state.step:,} done, {max(0, total - state.step):,} to go, of {args.batch_size} images each")
-        say(f"files     {run.out_dir}")
+        say(f"files     {run.out_dir}, with the log ddim_log.csv")
         say("A training loss near 0.03 is normal and then looks flat; the held-out loss, on fixed noise, goes on falling.")
 
         def preview(epoch):
             save_samples(Sampler(state.ema, schedule, preview_args, run), run.out_dir / f"ddim_samples_epoch_{epoch}.png")
 
         preview_args = argparse.Namespace(**vars(args) | {"num_samples": 16})
-        config = {name: value for name, value in vars(args).items() if name != "quick_test"}
+        config = {name: value for name, value in vars(args).items() if name not in ("quick_test", "compared_steps")}
         train(state, train_images, test_images, schedule, args, config, run, preview)
         network = model if args.no_ema else ema
-    else:
-        network = model
     evaluations = math.ceil(args.num_samples * args.sample_steps[-1] / 256)
     sampler = Sampler(network, schedule, args, run, evaluations)
     save_samples(sampler, run.out_dir / "ddim_samples.png", args.export)
-    experiments = {
-        "trajectory": lambda: trajectory(sampler, run.out_dir),
-        "interpolate": lambda: interpolation(sampler, run.out_dir),
-        "consistency": lambda: consistency(sampler, run.out_dir),
-        "reconstruct": lambda: reconstruction(sampler, test_images, run.out_dir),
-    }
-    for name, draw in experiments.items():
+    experiments = trajectory, interpolation, consistency, functools.partial(reconstruction, test_images=test_images)
+    for name, draw in zip(EXPERIMENTS, experiments):
         if getattr(args, name):
-            draw()
+            draw(sampler, run.out_dir)
     if args.export_weights and RANK == 0:
         export_weights(Path(args.export_weights).resolve(), network, args)
 
     script = shlex.quote(sys.argv[0])
-    if args.export:
-        say(f"next, with torch-fidelity and a PNG folder: fidelity --fid --isc --input1 {args.export} --input2 cifar10-train")
+    if args.export and not args.export.endswith(".npz"):
+        say(f"next, with torch-fidelity: fidelity --fid --isc --input1 {shlex.quote(args.export)} --input2 cifar10-train")
     elif args.sample:
         say(f"next: python {script} --sample {args.sample} --trajectory --interpolate --reconstruct --consistency")
     else:
@@ -1600,6 +1613,8 @@ def main(argv=None):
             device = start_processes(args.device)
             run = Run(device, signals, choose_precision(args.precision, device), args.compile, Path(args.out_dir).resolve())
             execute(args, checkpoint, run)
+        if WORLD_SIZE > 1:  # NCCL waits for all processes here, so never on the way out of an error
+            dist.destroy_process_group()
         return 0
     except SystemExit as finished:  # --help
         return finished.code or 0
@@ -1610,18 +1625,20 @@ def main(argv=None):
     except UserError as error:
         usage = make_parser().format_usage() if isinstance(error, UsageError) else ""
         code, complaint = error.exit_code, f"{usage}ddim_cifar.py: error: {error}"
+    except OSError as error:
+        code, complaint = 2, f"ddim_cifar.py: error: {error}"
     except (MemoryError, RuntimeError) as error:
         if out_of_memory(error):
-            smaller = f"--batch-size {max(1, args.batch_size // 2)} (or a smaller --sample-batch-size)"
+            smaller = "a smaller --sample-batch-size"
+            if args and not args.sample:
+                smaller = f"--batch-size {max(1, args.batch_size // 2 // WORLD_SIZE) * WORLD_SIZE} (or {smaller})"
             code, complaint = 2, f"ddim_cifar.py: error: out of memory; try {smaller}"
-        elif WORLD_SIZE > 1 and run:
-            print(f"ddim_cifar.py: error: process {RANK} lost the others: {str(error).splitlines()[0]}", file=sys.stderr)
-            return 1
+        elif isinstance(error, dist.DistError) or "gloo" in str(error):
+            code, complaint = 1, f"ddim_cifar.py: error: process {RANK} lost the others: {str(error).splitlines()[0]}"
         else:
             raise
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        print(complaint, file=sys.stderr)  # of whichever process
+        return code
     if RANK == 0:
         print(complaint, file=sys.stderr)
     return code

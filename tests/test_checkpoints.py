@@ -17,6 +17,7 @@ from test_command import SCRIPT
 import ddim_cifar
 
 DROPOUT = ["--dropout", "0.3", "--warmup", "5", "--lr", "1e-3"]
+ZEROS = ["--dropout", "0", "--warmup", "0", "--ema-decay", "0", "--attn-resolutions"]
 
 
 def load(path):
@@ -57,10 +58,11 @@ def checkpoint(tmp_path_factory):
     return folder / "ddim_model_final.pth"
 
 
-def test_resuming_equals_never_having_stopped(ddim, tmp_path):
+@pytest.mark.parametrize("recipe", [DROPOUT, ZEROS])
+def test_resuming_equals_never_having_stopped(ddim, tmp_path, recipe):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    ddim(*DROPOUT, "--epochs", "3", "--iterations", "3", out_dir=whole)
-    ddim(*DROPOUT, "--epochs", "1", "--iterations", "3", out_dir=parts)
+    ddim(*recipe, "--epochs", "3", "--iterations", "3", out_dir=whole)
+    ddim(*recipe, "--epochs", "1", "--iterations", "3", out_dir=parts)
     result = ddim("--resume", parts / "ddim_model_final.pth", "--epochs", "3", flags=[], out_dir=parts)
     assert result.code == 0 and "3 done, 6 to go" in result.out
     assert_same_training(whole / "ddim_model_final.pth", parts / "ddim_model_final.pth")

@@ -106,6 +106,8 @@ def test_sampling_takes_the_network_from_the_checkpoint(ddim, tmp_path):
         (["--seed", "-1"], ["--seed", "-1"]),
         (["--sample", "x.pth", "--epochs", "3"], ["--sample", "--epochs"]),
         (["--sample", "x.pth", "--resume", "x.pth"], ["--sample", "--resume"]),
+        (["--resume", ""], ["--resume", "name of a file"]),
+        (["--reconstruct", "--eta", "1"], ["--reconstruct", "--eta"]),
     ],
 )
 def test_a_wrong_flag_is_explained(ddim, flags, words):

@@ -174,6 +174,25 @@ def test_an_archive_cut_short_is_named_with_its_md5(tmp_path, cifar10):
         ddim_cifar.load_images("cifar10", where)
 
 
+class BrokenOff(io.BytesIO):
+    """An answer of a server that falls silent in the middle of the archive."""
+
+    url, length = ddim_cifar.CIFAR10_URL, 170498071
+
+    def read(self, size=-1):
+        content = super().read(size)
+        if not content:
+            raise TimeoutError("timed out")
+        return content
+
+
+def test_a_download_that_breaks_off_leaves_nothing_behind(tmp_path, cifar10, monkeypatch):
+    monkeypatch.setattr(urllib.request, "urlopen", lambda *_, **__: BrokenOff(b"half of it"))
+    with pytest.raises(ddim_cifar.Offline, match=r"could not be downloaded .*timed out"):
+        ddim_cifar.load_images("cifar10", tmp_path / "new")
+    assert not list((tmp_path / "new").iterdir())
+
+
 def test_a_real_run_without_cifar10_stops_and_says_what_to_fetch(ddim, tmp_path, cifar10):
     result = ddim("--data-dir", tmp_path / "none", "--epochs", "2", flags=NETWORK)
     (line,) = result.err.splitlines()

@@ -118,8 +118,9 @@ def test_the_experiments_draw_their_pictures(ddim, checkpoint, tmp_path):
 
 
 def test_experiments_use_the_paper_s_step_counts_by_default():
-    assert ddim_cifar.parse_args(["--reconstruct"])[0].sample_steps == [10, 20, 50, 100]
-    assert ddim_cifar.parse_args([])[0].sample_steps == [50]
+    args = ddim_cifar.parse_args(["--reconstruct"])[0]
+    assert args.compared_steps == [10, 20, 50, 100] and args.sample_steps == [50]
+    assert ddim_cifar.parse_args(["--reconstruct", "--sample-steps", "50"])[0].compared_steps == [50]
 
 
 def test_interpolation_ends_in_the_samples_themselves(export, ddim, checkpoint, tmp_path, monkeypatch):
