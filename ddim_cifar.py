@@ -857,6 +857,8 @@ def make_step(state, schedule, args, run):
     """step(batch): one optimizer step on uint8 images, this process's share; returns loss and gradient norm, on the device, and lr."""
     device, total = run.device, args.epochs * args.iterations
     draws = Draws(args.batch_size, schedule.timesteps, args.seed, device)
+    snr = schedule.alphas_cumprod / (1 - schedule.alphas_cumprod)
+    gamma = (snr.clamp(max=args.min_snr or math.inf) / snr).float().to(device)  # 1, or min-SNR: arXiv 2303.09556
     parameters = list(state.model.parameters())
     network = run.compiled(state.model.train(), total - state.step)
     if WORLD_SIZE > 1:
@@ -868,7 +870,7 @@ def make_step(state, schedule, args, run):
         x_t = schedule.add_noise(torch.where(flip, x_0.flip(3), x_0), eps, t)
         with run.autocast():
             predicted = network(x_t.contiguous(memory_format=torch.channels_last), t)
-        loss = F.mse_loss(predicted.float(), eps)  # Eq. 5 with gamma = 1
+        loss = (gamma[t] * (predicted.float() - eps).square().mean((1, 2, 3))).mean()  # Eq. 5
         state.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         grad_norm = nn.utils.clip_grad_norm_(parameters, args.grad_clip)
@@ -1300,6 +1302,7 @@ def make_parser():
     group.add_argument("--warmup", type=number(int, 0), default=1000, help="steps of linear warm-up")
     group.add_argument("--lr-decay", type=share, default=0.0, help="share of the run, at its end, over which the rate falls to zero")
     group.add_argument("--grad-clip", type=number(float, 0, above=True), default=1.0, help="largest gradient norm")
+    group.add_argument("--min-snr", type=number(float, 0), default=0.0, help="weigh the loss of t by min(SNR, this) / SNR; 0: equally")
     group.add_argument("--ema-decay", type=share, default=0.9999, help="of the averaged weights, which sampling uses")
     group.add_argument("--resume", metavar="CKPT", help="go on from a checkpoint, or from the newest in --out-dir: auto")
     group.add_argument("--save-every", type=count, default=10, help="epochs between checkpoints, held-out losses and grids")
@@ -1349,7 +1352,8 @@ def make_parser():
 
 
 SCHEDULE_FLAGS = ("timesteps", "beta_start", "beta_end")
-TRAINING_FLAGS = ("epochs", "iterations", "batch_size", "lr", "warmup", "lr_decay", "grad_clip", "ema_decay", "save_every", "save_minutes")
+TRAINING_FLAGS = ("epochs", "iterations", "batch_size", "lr", "warmup", "lr_decay", "grad_clip", "min_snr", "ema_decay")
+TRAINING_FLAGS += ("save_every", "save_minutes")
 PLACE_FLAGS = ("resume", "sample", "device", "out_dir", "export", "export_weights")  # of this run, not of the model
 EXPERIMENTS = ("trajectory", "interpolate", "consistency", "reconstruct")
 
