@@ -8,6 +8,7 @@ import time
 
 import numpy as np
 import pytest
+import torch
 from conftest import TINY
 from test_command import SCRIPT
 
@@ -43,6 +44,15 @@ def test_a_tiny_model_learns_the_shapes(ddim, tmp_path):
     learning = ["--batch-size", "8", "--iterations", "80", "--lr", "3e-3", "--warmup", "10", "--dropout", "0", "--ema-decay", "0.95"]
     result = ddim(*TINY, *learning, flags=[])
     assert result.code == 0 and float(read_log(tmp_path)[-1]["val_loss"]) < 0.08
+
+
+def test_min_snr_weighs_the_loss_of_each_t(ddim, tmp_path):
+    ddim("--min-snr", "0.01")  # a fresh network predicts 0, so that the first loss is the weighted square of eps
+    _, t, eps = ddim_cifar.Draws(4, 1000, 0, torch.device("cpu"))(0)
+    alphas = ddim_cifar.NoiseSchedule().alphas_cumprod[t]
+    snr = alphas / (1 - alphas)
+    expected = (snr.clamp(max=0.01) / snr * eps.square().mean((1, 2, 3))).mean()
+    assert float(read_log(tmp_path)[0]["loss"]) == pytest.approx(float(expected), rel=1e-5) and expected < 0.9
 
 
 def test_two_processes_train_and_sample_as_one(ddim, tmp_path):
