@@ -978,7 +978,10 @@ class Sampler:
         return eps
 
     def noise(self, indices):
-        return self.normal([rng(self.args.seed, 4, i) for i in indices])
+        x_T = self.normal([rng(self.args.seed, 4, i) for i in indices])
+        if self.args.standardize_noise:
+            x_T = (x_T - x_T.mean((2, 3), keepdim=True)) / x_T.std((2, 3), keepdim=True)
+        return x_T
 
     def normal(self, generators):
         x = np.stack([generator.standard_normal((3, SIZE, SIZE), dtype=np.float32) for generator in generators])
@@ -1119,7 +1122,7 @@ class Export:
         crc = 0
         for value in sampler.model.state_dict().values():
             crc = zlib.crc32(value.cpu().contiguous().numpy().tobytes(), crc)
-        names = ("seed", "sample_steps", "tau", "order", "eta", "clip_x0", "timesteps", "beta_start", "beta_end")
+        names = ("seed", "sample_steps", "tau", "order", "eta", "clip_x0", "standardize_noise", "timesteps", "beta_start", "beta_end")
         origin = {"weights_crc32": crc, "precision": sampler.run.precision} | {name: getattr(sampler.args, name) for name in names}
         note = self.path / ".origin.json"
         try:
@@ -1330,6 +1333,7 @@ def make_parser():
     group.add_argument("--order", type=int, choices=[1, 2], default=1, help="2: second-order steps at the same cost, not plain DDIM")
     group.add_argument("--eta", type=share, default=0.0, help="0: DDIM, deterministic; 1: DDPM")
     group.add_argument("--clip-x0", action="store_true", help="clamp each predicted x_0 to [-1, 1]")
+    group.add_argument("--standardize-noise", action="store_true", help="x_T of mean 0, variance 1 in each channel: after short training")
     group.add_argument("--no-ema", action="store_true", help="sample the weights themselves, not their average")
     group.add_argument("--sample-batch-size", type=count, metavar="N", help="images at a time [what memory allows]")
     group.add_argument("--export", metavar="PATH", help="also write all images: x.npz (arr_0, uint8 [N, 32, 32, 3]) or a folder of PNGs")

@@ -49,10 +49,17 @@ def test_random_steps_are_the_same_whatever_else_is_asked_for(export):
 
 def test_every_sampling_flag_changes_the_picture(export):
     plain = export("plain.npz", "--num-samples", "2")
-    for i, flags in enumerate(
-        (["--no-ema"], ["--clip-x0"], ["--order", "2"], ["--tau", "uniform"], ["--tau", "karras"], ["--sample-steps", "4"])
-    ):
+    switches = (["--no-ema"], ["--clip-x0"], ["--standardize-noise"])
+    for i, flags in enumerate((*switches, ["--order", "2"], ["--tau", "uniform"], ["--tau", "karras"], ["--sample-steps", "4"])):
         assert not np.array_equal(plain, export(f"{i}.npz", "--num-samples", "2", *flags)), flags
+
+
+def test_standardized_noise_has_mean_0_and_variance_1_in_each_channel():
+    args, _ = ddim_cifar.parse_args(["--standardize-noise"])
+    run = ddim_cifar.Run(torch.device("cpu"), None, "fp32", "off", None)
+    x_T = ddim_cifar.Sampler(torch.nn.Identity(), ddim_cifar.NoiseSchedule(), args, run).noise([0, 7])
+    torch.testing.assert_close(x_T.mean((2, 3)), torch.zeros(2, 3), atol=1e-6, rtol=0)
+    torch.testing.assert_close(x_T.std((2, 3)), torch.ones(2, 3))
 
 
 def test_a_folder_holds_the_images_of_the_archive(export, tmp_path):
