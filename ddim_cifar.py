@@ -862,7 +862,7 @@ def make_step(state, schedule, args, run):
     parameters = list(state.model.parameters())
     network = run.compiled(state.model.train(), total - state.step)
     if WORLD_SIZE > 1:
-        network = nn.parallel.DistributedDataParallel(network, gradient_as_bucket_view=True, broadcast_buffers=False)
+        network = nn.parallel.DistributedDataParallel(network, gradient_as_bucket_view=True)
 
     def step(batch):  # nothing in here waits for the device
         flip, t, eps = draws(state.step)
