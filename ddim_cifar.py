@@ -1339,7 +1339,7 @@ def make_parser():
     group.add_argument("--export", metavar="PATH", help="also write all images: x.npz (arr_0, uint8 [N, 32, 32, 3]) or a folder of PNGs")
     group.add_argument("--export-weights", metavar="DIR", help="also write the weights as diffusers' DDIMPipeline reads them")
 
-    group = parser.add_argument_group("the paper's experiments, a picture each")
+    group = parser.add_argument_group("the paper's experiments, a picture each (the last two compare S = 10 20 50 100 or --sample-steps)")
     group.add_argument("--trajectory", action="store_true", help="predicted x_0 from noise to picture, also as an animation")
     group.add_argument("--interpolate", action="store_true", help="between pairs of x_T")
     group.add_argument("--reconstruct", action="store_true", help="encode and decode test images, with the error of Table 2")
@@ -1563,7 +1563,7 @@ def execute(args, checkpoint, run):
         say(f"images    {args.dataset}: {len(train_images):,} to train on, {len(test_images):,} held out")
         say(f"steps     {state.step:,} done, {max(0, total - state.step):,} to go, of {args.batch_size} images each")
         say(f"files     {run.out_dir}, with the log ddim_log.csv")
-        say("A training loss near 0.03 is normal and then looks flat; the held-out loss, on fixed noise, goes on falling.")
+        say("A training loss near 0.03 is normal and then looks flat; the held-out loss, on fixed noise, falls for longer.")
 
         def preview(epoch):
             save_samples(Sampler(state.ema, schedule, preview_args, run), run.out_dir / f"ddim_samples_epoch_{epoch}.png")

@@ -46,6 +46,22 @@ def test_a_tiny_model_learns_the_shapes(ddim, tmp_path):
     assert result.code == 0 and float(read_log(tmp_path)[-1]["val_loss"]) < 0.08
 
 
+@pytest.mark.parametrize("decay, used", [(0.9999, [2 / 11, 3 / 12]), (0.2, [2 / 11, 0.2])])
+def test_the_average_follows_the_weights_at_the_decay_of_its_update(ddim, tmp_path, decay, used):
+    ddim("--epochs", "3", "--save-every", "1", "--lr", "1e-2", "--warmup", "0", "--ema-decay", decay)
+    saved = [ddim_cifar.load_checkpoint(tmp_path / f"ddim_model_epoch_{epoch}.pth", "cpu") for epoch in (1, 2, 3)]
+    for before, after, d in zip(saved, saved[1:], used):
+        for name, value in after["ema"].items():
+            expected = d * before["ema"][name].double() + (1 - d) * after["model"][name].double()
+            torch.testing.assert_close(value.double(), expected, atol=1e-7, rtol=1e-5)
+
+
+def test_the_rate_warms_up_stays_and_falls_to_zero(ddim, tmp_path):
+    ddim("--iterations", "10", "--lr", "4e-3", "--warmup", "4", "--lr-decay", "0.3", "--num-samples", "1")
+    expected = [1e-3, 2e-3, 3e-3, *[4e-3] * 5, 4e-3 * 2 / 3, 4e-3 / 3]
+    assert [float(row["lr"]) for row in read_log(tmp_path)] == pytest.approx(expected)
+
+
 def test_min_snr_weighs_the_loss_of_each_t(ddim, tmp_path):
     ddim("--min-snr", "0.01")  # a fresh network predicts 0, so that the first loss is the weighted square of eps
     _, t, eps = ddim_cifar.Draws(4, 1000, 0, torch.device("cpu"))(0)
