@@ -56,6 +56,33 @@ def test_the_average_follows_the_weights_at_the_decay_of_its_update(ddim, tmp_pa
             torch.testing.assert_close(value.double(), expected, atol=1e-7, rtol=1e-5)
 
 
+class Gain(torch.nn.Module):
+    """Predicts a multiple of x_t, and keeps what it saw."""
+
+    def __init__(self):
+        super().__init__()
+        self.gain = torch.nn.Parameter(torch.tensor([0.5]))
+
+    def forward(self, x, t):
+        self.seen = x, t
+        return self.gain * x
+
+
+def test_a_step_flips_adds_noise_and_clips_the_gradient():
+    args, _ = ddim_cifar.parse_args(["--batch-size", "8", "--grad-clip", "0.001"])
+    model, schedule, images = Gain(), ddim_cifar.NoiseSchedule(), ddim_cifar.draw_shapes(8, seed=0)
+    state = ddim_cifar.State(model, Gain().requires_grad_(False), torch.optim.Adam(model.parameters(), fused=True))
+    run = ddim_cifar.Run(torch.device("cpu"), None, "fp32", "off", None)
+    loss, norm, _ = ddim_cifar.make_step(state, schedule, args, run)(images)
+    flip, t, eps = ddim_cifar.Draws(8, 1000, args.seed, run.device)(0)
+    x_0 = ddim_cifar.to_float(torch.stack([image.flip(2) if mirrored else image for image, mirrored in zip(images, flip)]))
+    x_t = schedule.add_noise(x_0, eps, t)
+    assert 0 < flip.sum() < 8 and torch.equal(model.seen[0], x_t) and torch.equal(model.seen[1], t)
+    torch.testing.assert_close(loss, (0.5 * x_t - eps).square().mean())
+    torch.testing.assert_close(norm, (2 * (0.5 * x_t - eps) * x_t).mean().abs())
+    assert norm > 0.01 and abs(model.gain.grad) == pytest.approx(0.001, rel=1e-2)
+
+
 def test_the_rate_warms_up_stays_and_falls_to_zero(ddim, tmp_path):
     ddim("--iterations", "10", "--lr", "4e-3", "--warmup", "4", "--lr-decay", "0.3", "--num-samples", "1")
     expected = [1e-3, 2e-3, 3e-3, *[4e-3] * 5, 4e-3 * 2 / 3, 4e-3 / 3]
