@@ -525,7 +525,8 @@ class Draws:
         torch.manual_seed(torch_seed(self.seed, 2, n, self.rank))
         on = {"generator": self.generator, "device": self.device}
         flip = torch.rand(self.batch_size, 1, 1, 1, **on) < 0.5
-        t = torch.randint(self.timesteps, (self.batch_size,), **on)
+        strata = torch.arange(self.batch_size, device=self.device) * self.timesteps // self.batch_size
+        t = (strata + torch.randint(self.timesteps, (1,), **on)) % self.timesteps  # each uniform, a batch evenly spread: arXiv 2107.00630
         eps = torch.randn(self.batch_size, 3, SIZE, SIZE, **on)
         return flip[self.share], t[self.share], eps[self.share]
 
@@ -752,6 +753,7 @@ def learning_rate(n, total, peak, warmup, decay):
     return peak * min(1.0, (n + 1) / max(1, warmup), remaining if decay else 1.0)
 
 
+@torch.no_grad()
 def update_ema(ema, model, n, decay):
     """ema = d ema + (1 - d) model with d = min(decay, (1 + n) / (10 + n)) at update n, in one pass over the parameters."""
     d = min(decay, (1 + n) / (10 + n))

@@ -45,10 +45,18 @@ def test_draws_depend_on_seed_and_step_alone_and_processes_take_their_share():
     assert all(torch.equal(whole_part, torch.cat(parts)) for whole_part, parts in zip(later, zip(*shares)))
 
 
-def test_draws_are_uniform_t_and_normal_eps():
-    flip, t, eps = ddim_cifar.Draws(4000, 10, 0, DEVICE)(0)
-    assert t.min() == 0 and t.max() == 9 and 0.45 < flip.float().mean() < 0.55
-    assert abs(eps.mean()) < 0.01 and abs(eps.std() - 1) < 0.01
+def test_draws_are_fair_flips_and_normal_eps():
+    flip, _, eps = ddim_cifar.Draws(4000, 10, 0, DEVICE)(0)
+    assert 0.45 < flip.float().mean() < 0.55 and abs(eps.mean()) < 0.01 and abs(eps.std() - 1) < 0.01
+
+
+@pytest.mark.parametrize("timesteps", [10, 1000])
+def test_each_t_is_uniform_and_a_batch_of_them_evenly_spread(timesteps):
+    draws = ddim_cifar.Draws(10, timesteps, 0, DEVICE)
+    t = torch.stack([draws(n)[1] for n in range(600)])
+    assert all(row.sort().values.diff().eq(timesteps // 10).all() for row in t)
+    counts = torch.stack([torch.bincount(column * 10 // timesteps, minlength=10) for column in t.T])
+    assert counts.min() > 30 and counts.max() < 95  # 60 each, give or take 7
 
 
 def test_the_loader_fetches_uint8_batches_in_order():

@@ -80,6 +80,7 @@ def test_a_step_flips_adds_noise_and_clips_the_gradient():
     assert 0 < flip.sum() < 8 and torch.equal(model.seen[0], x_t) and torch.equal(model.seen[1], t)
     torch.testing.assert_close(loss, (0.5 * x_t - eps).square().mean())
     torch.testing.assert_close(norm, (2 * (0.5 * x_t - eps) * x_t).mean().abs())
+    assert not state.ema.gain.requires_grad  # or every average would hold on to all before it
     assert norm > 0.01 and abs(model.gain.grad) == pytest.approx(0.001, rel=1e-2)
 
 
