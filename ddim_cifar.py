@@ -11,7 +11,6 @@ Models", arXiv 2010.02502, whose equation numbers stand at the lines. Its alpha_
 """
 
 import argparse
-import collections
 import contextlib
 import copy
 import functools
@@ -27,7 +26,6 @@ import shutil
 import signal
 import socket
 import stat
-import struct
 import sys
 import time
 import warnings
@@ -42,12 +40,14 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageOps
 from torch import nn
 from tqdm import tqdm
 
 # ---- UNet ------------------------------------------------------------------------------------------------------------
 # DDPM, App. B. Parameters carry the names of the published weights (diffusers' UNet2DModel), so either loads the other's.
+
+group_norm = functools.partial(nn.GroupNorm, 32, eps=1e-6)
 
 
 def sinusoidal_embedding(t, dim):
@@ -58,10 +58,6 @@ def sinusoidal_embedding(t, dim):
     exponent = torch.arange(dim // 2, dtype=torch.float32, device=t.device) / (dim // 2 - 1)
     angle = t.float()[:, None] * torch.exp(-math.log(10000) * exponent)
     return torch.cat([angle.sin(), angle.cos()], dim=1)
-
-
-def group_norm(channels):
-    return nn.GroupNorm(32, channels, eps=1e-6)
 
 
 class ResBlock(nn.Module):
@@ -133,7 +129,7 @@ class UNet(nn.Module):
     """The DDPM CIFAR-10 network: predicts the noise eps in x_t. 35,746,307 parameters by default.
 
     channels: width of the first resolution, a multiple of 32; channel_mults: width of each resolution over channels; res_blocks:
-    ResBlocks per resolution (one more on the way up); attn_resolutions: sides, in pixels, at which attention follows each ResBlock
+    ResBlocks per resolution (one more on the way up); attn_resolutions: sides in pixels, where attention follows each ResBlock
     (it always does in the middle); image_size: H, divisible by 2^(len(channel_mults) - 1). ValueError for sizes that do not fit.
     """
 
@@ -143,7 +139,7 @@ class UNet(nn.Module):
             raise ValueError("channels must be a multiple of 32, channel_mults and res_blocks at least 1")
         resolutions = [image_size >> level for level in range(len(channel_mults))]
         if image_size % (1 << len(resolutions) - 1) or not set(attn_resolutions) <= set(resolutions):
-            raise ValueError(f"image_size {image_size} allows the resolutions {resolutions}, attention at {list(attn_resolutions)}")
+            raise ValueError(f"image_size {image_size} allows resolutions {resolutions}, attention at {list(attn_resolutions)}")
         widths = [channels * mult for mult in channel_mults]
         levels = [(width, side in attn_resolutions) for width, side in zip(widths, resolutions)]
         c_time = 4 * channels
@@ -174,15 +170,13 @@ class UNet(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self):
-        """The official code's variance scaling, fan_avg; each residual branch and the network start as zero."""
-        for module in self.modules():
+        """The official code's variance scaling, fan_avg; the last convolution of residual branches and network is zero."""
+        for name, module in self.named_modules():
             if isinstance(module, (nn.Conv2d, nn.Linear)):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
-        branches = [m.conv2 for m in self.modules() if isinstance(m, ResBlock)]
-        branches += [m.to_out[0] for m in self.modules() if isinstance(m, Attention)]
-        for module in [*branches, self.conv_out]:
-            nn.init.zeros_(module.weight)
+                if name.endswith(("conv2", "to_out.0", "conv_out")):
+                    nn.init.zeros_(module.weight)
 
     def forward(self, x, t):
         """x: [N, 3, H, H], H = image_size, values around [-1, 1]; t: int64 [N]. Returns eps, [N, 3, H, H]."""
@@ -239,7 +233,7 @@ TAUS = ("uniform", "quadratic", "karras")
 def ddim_timesteps(timesteps, steps, tau, schedule=None):
     """The sub-sequence tau of 0..timesteps-1 that sampling visits (App. D.2): `steps` distinct ints, ascending.
 
-    tau: "uniform" floor(i T / S); "quadratic" floor(c i^2) with the last at 0.8 T, as in the official code; "karras" equal steps in
+    tau: "uniform" floor(i T / S); "quadratic" floor(c i^2), the last at 0.8 T, as in the official code; "karras" equal steps in
     sigma^(1/7), the sigma of Eq. 14 (arXiv 2206.00364, Eq. 5), by `schedule` (the default one of `timesteps` steps if None).
     ValueError unless 1 <= steps <= timesteps.
     """
@@ -264,26 +258,22 @@ def _sigma(alpha):
     return math.sqrt((1 - alpha) / alpha)  # of Eq. 14: x_t / sqrt(alpha) = x_0 + sigma eps
 
 
-def _full(x, t):
-    return torch.full((len(x),), t, dtype=torch.int64, device=x.device)
-
-
 @torch.inference_mode()
 def ddim_sample(model, x_T, schedule, tau, eta=0.0, *, order=1, clip_x0=False, noise=None, on_step=None):
     """Walk from x_T to x_0 along tau (Eq. 12). Deterministic for eta = 0; eta = 1 has the variance of DDPM (Eq. 16).
 
     model: any callable (x [N, ...], t int64 [N]) -> eps [N, ...]; x_T: [N, ...], float32 or float64, which the state keeps; tau:
     ascending timesteps, as from ddim_timesteps. order 2: a second-order step at no further network evaluations, for eta = 0 only.
-    clip_x0: clamp each predicted x_0 to [-1, 1] and derive eps again. noise(): the next standard normal [N, ...] for eta > 0 (default
-    torch.randn_like). on_step(t, x_0): called with each prediction. Returns x_0 like x_T. ValueError for eta outside [0, 1], or order 2
-    with eta > 0.
+    clip_x0: clamp each predicted x_0 to [-1, 1] and derive eps again. noise(): standard normal [N, ...] for eta > 0; else
+    torch.randn_like. on_step(t, x_0): called at each step. Returns x_0 like x_T. ValueError for eta outside [0, 1], or for
+    order 2 with eta > 0.
     """
     if not 0 <= eta <= 1 or order not in (1, 2) or (order == 2 and eta > 0):
         raise ValueError(f"eta must be in [0, 1] and order 1 or 2, order 2 only with eta 0; not eta {eta}, order {order}")
     x_t, before = x_T, None
     for t, t_prev in reversed(list(zip(tau, [-1, *tau[:-1]]))):
         alpha, alpha_prev = schedule.alpha(t), schedule.alpha(t_prev)
-        eps = model(x_t, _full(x_t, t)).to(x_t.dtype)
+        eps = model(x_t, x_t.new_full((len(x_t),), t, dtype=torch.int64)).to(x_t.dtype)
         if order == 2:  # Adams-Bashforth for d(x_t / sqrt(alpha_t)) = eps d sigma, Eq. 14
             now = eps, _sigma(alpha_prev) - _sigma(alpha)
             eps = eps + now[1] / (2 * before[1]) * (eps - before[0]) if before else eps
@@ -305,19 +295,20 @@ def ddim_sample(model, x_T, schedule, tau, eta=0.0, *, order=1, clip_x0=False, n
 def ddim_encode(model, x_0, schedule, tau):
     """Walk from x_0 to its code x_T: the ODE of ddim_sample, run the other way (Sec. 4.3, Eq. 14).
 
-    Arguments as for ddim_sample. eps is taken where a step starts; as no network knows alpha = 1, the first step asks that of tau[0].
+    Arguments as for ddim_sample. eps is taken where a step starts; no network knows alpha = 1, so the first step asks for tau[0].
     Returns x_T like x_0.
     """
     x_t = x_0
     for t, t_next in zip([-1, *tau[:-1]], tau):
         alpha, alpha_next = schedule.alpha(t), schedule.alpha(t_next)
-        eps = model(x_t, _full(x_t, max(t, tau[0]))).to(x_t.dtype)
+        asked = max(t, tau[0])
+        eps = model(x_t, x_t.new_full((len(x_t),), asked, dtype=torch.int64)).to(x_t.dtype)
         x_t = math.sqrt(alpha_next) * (x_t / math.sqrt(alpha) + (_sigma(alpha_next) - _sigma(alpha)) * eps)
     return x_t
 
 
 def slerp(a, b, weight):
-    """Spherical interpolation of two noises, image by image (App. D.5). a, b: [N, ...]; weight: float or [N], 0 gives a, 1 gives b."""
+    """Spherical interpolation of noises, image by image (App. D.5). a, b: [N, ...]; weight: float or [N], from 0, a, to 1, b."""
     weight = torch.as_tensor(weight, dtype=a.dtype).to(a.device).expand(len(a)).view(-1, *[1] * (a.ndim - 1))
     norms = a.flatten(1).norm(dim=1) * b.flatten(1).norm(dim=1)
     cosine = (a.flatten(1) * b.flatten(1)).sum(1) / norms.clamp(min=torch.finfo(a.dtype).tiny)
@@ -330,19 +321,21 @@ def slerp(a, b, weight):
 
 
 # ---- Data ------------------------------------------------------------------------------------------------------------
-# Images are uint8 [N, 3, 32, 32] at rest. Every draw is a function of (seed, what for, position): nothing to save, nothing to lose.
+# Images are uint8 [N, 3, 32, 32] at rest. Every draw is a function of (seed, what for, position): nothing to save or to lose.
 
 SIZE = 32
 HELD_OUT = 256  # images of the held-out loss
 CIFAR10_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"
-RANK, LOCAL_RANK = (int(os.environ.get(name, 0)) for name in ("RANK", "LOCAL_RANK"))  # this process, among those that torchrun started
+RANK, LOCAL_RANK = (int(os.environ.get(name, 0)) for name in ("RANK", "LOCAL_RANK"))  # this process, of those torchrun started
 WORLD_SIZE, LOCAL_WORLD_SIZE = (int(os.environ.get(name, 1)) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
 
 
 class UserError(Exception):
     """A mistake or a misfortune that one line explains."""
 
-    exit_code = 2
+    def __init__(self, text, exit_code=2):
+        super().__init__(text)
+        self.exit_code = exit_code
 
 
 class Offline(UserError):
@@ -369,7 +362,7 @@ def torch_seed(*key):
 
 
 def load_images(dataset, data_dir):
-    """The training and the held-out images of cifar10, folder or synthetic, uint8 [N, 3, 32, 32] each. UserError if there are none."""
+    """The training and the held-out images of cifar10, folder or synthetic, uint8 [N, 3, 32, 32] each; or UserError."""
     if dataset == "synthetic":
         return draw_shapes(10_000, seed=0), draw_shapes(HELD_OUT, seed=1)
     if dataset == "folder":
@@ -385,32 +378,26 @@ def open_cifar10(data_dir):
     from torchvision.datasets import CIFAR10  # here, because the import takes a second that other data sets need not wait for
     from torchvision.datasets.utils import calculate_md5
 
-    def splits():
-        return [CIFAR10(data_dir, train=train) for train in (True, False)]
-
     with contextlib.suppress(RuntimeError):  # torchvision's word for "not there, or not whole"
-        return splits()
+        return [CIFAR10(data_dir, train) for train in (True, False)]
     archive, timeout = Path(data_dir, CIFAR10.filename), socket.getdefaulttimeout()
     found_here = archive.exists()
     socket.setdefaulttimeout(30)
     try:
         print(f"Downloading CIFAR-10 (163 MB) to {Path(data_dir).resolve()}", flush=True)
         with contextlib.nullcontext() if sys.stderr.isatty() else contextlib.redirect_stderr(io.StringIO()):
-            CIFAR10(data_dir, download=True)
-        return splits()
+            return [CIFAR10(data_dir, train, download=train) for train in (True, False)]
     except Exception as error:  # no network, a silent server, an archive cut short, no permission: each has its own
         reason = getattr(error, "reason", error)
     finally:
         socket.setdefaulttimeout(timeout)
-        if archive.is_file() and not found_here and calculate_md5(str(archive)) != CIFAR10.tgz_md5:
+        if archive.is_file() and not found_here and calculate_md5(archive) != CIFAR10.tgz_md5:
             archive.unlink()  # a download that broke off
-    known = [(CIFAR10.base_folder + "/" + name, md5) for name, md5 in CIFAR10.train_list + CIFAR10.test_list]
-    for name, md5 in [*known, (CIFAR10.filename, CIFAR10.tgz_md5)]:
-        file = Path(data_dir, name)
-        if file.is_file() and (found := calculate_md5(str(file))) != md5:
-            raise UserError(f"{file} is corrupt or cut short: its md5 is {found}, the right one {md5}; delete it and fetch it again")
-    if isinstance(reason, (PermissionError, NotADirectoryError, FileExistsError)):
-        raise UserError(f"--data-dir {data_dir}: cannot write CIFAR-10 there ({reason})")
+    parts = [*CIFAR10.train_list, *CIFAR10.test_list, (CIFAR10.meta["filename"], CIFAR10.meta["md5"])]
+    known = {archive: CIFAR10.tgz_md5} | {Path(data_dir, CIFAR10.base_folder, name): md5 for name, md5 in parts}
+    for file, md5 in known.items():
+        if file.is_file() and (found := calculate_md5(file)) != md5:
+            raise UserError(f"{file} is corrupt or cut short: its md5 is {found}, the right one {md5}; delete it, fetch it again")
     raise Offline(
         f"CIFAR-10 is not in {Path(data_dir).resolve()} and could not be downloaded ({reason}). Fetch {CIFAR10_URL} "
         f"(md5 {CIFAR10.tgz_md5}) into that folder, or use --dataset synthetic"
@@ -464,22 +451,6 @@ def draw_shapes(count, seed):
     return torch.lerp(ground * shade, ink, cover).round().clamp(0, 255).to(torch.uint8)
 
 
-class Images(torch.utils.data.Dataset):
-    """uint8 images; a whole batch is fetched in one indexing operation."""
-
-    def __init__(self, images):
-        self.images = images
-
-    def __len__(self):
-        return len(self.images)
-
-    def __getitem__(self, index):
-        return self.images[index]
-
-    def __getitems__(self, indices):
-        return self.images[torch.as_tensor(indices)]
-
-
 class Order:
     """Which images step n of training sees, for n = first .. last-1: a slice of an endless chain of permutations, one per pass.
 
@@ -487,13 +458,9 @@ class Order:
     """
 
     def __init__(self, count, batch_size, seed, first, last, rank=RANK, world_size=WORLD_SIZE):
-        self.count, self.seed, self.steps, self.batch_size = count, seed, range(first, last), batch_size
-        share = batch_size // world_size
-        self.share = slice(rank * share, (rank + 1) * share)
+        self.count, self.batch_size, self.steps = count, batch_size, range(first, last)
+        self.share = slice(rank * batch_size // world_size, (rank + 1) * batch_size // world_size)
         self.permutation = functools.lru_cache(maxsize=2)(lambda number: rng(seed, 0, number).permutation(count))
-
-    def __len__(self):
-        return len(self.steps)
 
     def __iter__(self):
         for n in self.steps:
@@ -502,9 +469,8 @@ class Order:
 
 
 def make_loader(images, order, device):
-    return torch.utils.data.DataLoader(
-        Images(images), batch_sampler=order, collate_fn=lambda batch: batch, pin_memory=device.type == "cuda"
-    )
+    """Batches in that order; the tensor itself is the data set, and each list of indices one indexing operation."""
+    return torch.utils.data.DataLoader(images, batch_size=None, sampler=order, pin_memory=device.type == "cuda")
 
 
 def to_float(images):
@@ -520,7 +486,7 @@ class Draws:
         self.generator = torch.Generator(device)
 
     def __call__(self, n):
-        """flip bool [B, 1, 1, 1], t int64 [B], eps float32 [B, 3, 32, 32]; and dropout's generator, torch's own, set to (seed, n)."""
+        """flip bool [B, 1, 1, 1], t int64 [B], eps float32 [B, 3, 32, 32]; dropout's generator, torch's own, is set as well."""
         self.generator.manual_seed(torch_seed(self.seed, 1, n))
         torch.manual_seed(torch_seed(self.seed, 2, n, self.rank))
         on = {"generator": self.generator, "device": self.device}
@@ -545,7 +511,8 @@ def start_processes(asked):
             raise UserError(f"{LOCAL_WORLD_SIZE} processes for {torch.cuda.device_count()} GPUs: lower --nproc_per_node")
         device = torch.device("cuda", LOCAL_RANK)
         torch.cuda.set_device(device)
-    torch.set_num_threads(max(1, available_cores() // LOCAL_WORLD_SIZE))
+    if WORLD_SIZE > 1 or "OMP_NUM_THREADS" not in os.environ:  # torchrun sets it to 1
+        torch.set_num_threads(max(1, available_cores() // LOCAL_WORLD_SIZE))
     if WORLD_SIZE > 1:
         patience = timedelta(hours=2)  # the others wait while the first downloads CIFAR-10
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=patience)
@@ -580,17 +547,14 @@ class Stopped(BaseException):
 
 
 class Signals:
-    """Ctrl-C, SIGTERM and a closed terminal: an exception at once, except while work is `postponing` them. A second Ctrl-C quits."""
+    """Ctrl-C, SIGTERM and a closed terminal raise Stopped, at once or once nothing postpones it. A second Ctrl-C quits."""
 
-    def __init__(self):
-        self.received, self.since, self.patient = 0, 0.0, False
-        self.previous = {}
+    received, since, postponed = 0, 0.0, False
 
     def __enter__(self):
-        for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-            signum = getattr(signal, name, None)
-            if signum and signal.getsignal(signum) != signal.SIG_IGN:  # ignored: nohup, or a job in the background
-                self.previous[signum] = signal.signal(signum, self.handle)
+        signums = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+        heeded = [signum for signum in signums if signal.getsignal(signum) not in (signal.SIG_IGN, None)]  # SIG_IGN: under nohup
+        self.previous = {signum: signal.signal(signum, self.handle) for signum in heeded}
         return self
 
     def __exit__(self, *_):
@@ -606,17 +570,11 @@ class Signals:
             self.received, self.since = signum, time.monotonic()
         elif signum == signal.SIGINT and time.monotonic() - self.since > 1:  # sooner it is torchrun repeating the first
             os._exit(128 + signum)
-        if not self.patient:
-            raise Stopped(signum)
+        self.postpone(self.postponed)
 
-    @contextlib.contextmanager
-    def postponing(self, patient=True):
-        before, self.patient = self.patient, patient
-        try:
-            yield
-        finally:
-            self.patient = before
-        if self.received and not self.patient:
+    def postpone(self, postponed):
+        self.postponed = postponed
+        if self.received and not postponed:
             raise Stopped(self.received)
 
 
@@ -655,6 +613,7 @@ class State:
 
 FORMAT = 1
 UNET_FLAGS = ("channels", "channel_mults", "res_blocks", "attn_resolutions", "dropout")
+SCHEDULE_FLAGS = ("timesteps", "beta_start", "beta_end")
 
 
 def save_checkpoint(path, state, config):
@@ -683,12 +642,10 @@ def load_checkpoint(path, device):
         if "conv_in.weight" in checkpoint:
             checkpoint = from_published(checkpoint)
         validate(checkpoint)
-    except MemoryError:
-        raise
     except UserError as error:
         raise UserError(f"checkpoint {path}: {error}") from error
     except pickle.UnpicklingError as error:
-        raise UserError(f"checkpoint {path}: damaged, or holds more than tensors and plain values; nothing of it was run") from error
+        raise UserError(f"checkpoint {path}: damaged, or more than tensors and plain values; nothing of it was run") from error
     except Exception as error:  # zip, pickle and tensor readers have errors of many kinds
         reason = f"{type(error).__name__}: {error}".splitlines()[0].split(". ")[0]
         raise UserError(f"checkpoint {path}: damaged, cut short or not of this program ({reason})") from error
@@ -696,7 +653,7 @@ def load_checkpoint(path, device):
 
 
 def validate(checkpoint):
-    """UserError, or an error of some other kind, if anything a checkpoint should hold is missing, of another shape, or not finite."""
+    """UserError, or another error, if anything a checkpoint should hold is missing, of another shape, or not finite."""
     if checkpoint["format"] > FORMAT:
         raise UserError(f"written by a newer version of this program (format {checkpoint['format']}, this one reads {FORMAT})")
     with torch.device("meta"):
@@ -720,7 +677,7 @@ def validate(checkpoint):
 def read_safetensors(path, device):
     """8 bytes of length, a JSON header, then the tensors: the whole format."""
     data = path.read_bytes()
-    start = 8 + struct.unpack_from("<Q", data)[0]
+    start = 8 + int.from_bytes(data[:8], "little")
     tensors = {}
     for name, entry in json.loads(data[8:start]).items():
         if name != "__metadata__":
@@ -765,35 +722,19 @@ def mean_finite(losses):
     return sum(finite) / len(finite) if finite else math.nan
 
 
-class Log:
-    """ddim_log.csv, one row per optimizer step; rows behind the step a run resumes from are dropped, never written twice. And the bar."""
+LOG_COLUMNS = ["step", "epoch", "loss", "val_loss", "lr", "grad_norm", "images_per_s", "seconds"]
 
-    COLUMNS = ["step", "epoch", "loss", "val_loss", "lr", "grad_norm", "images_per_s", "seconds"]
 
-    def __init__(self, path, step, total):
-        kept = []
-        if step and path.is_file():
-            rows = [line.split(",") for line in path.read_text(errors="replace").splitlines()]
-            whole = [row for row in rows if len(row) == len(self.COLUMNS) and row[0].isdigit() and row[-1][-1:].isdigit()]
-            kept = [row for row in whole if int(row[0]) <= step]
-        with atomic(path) as file:
-            file.write("".join(",".join(row) + "\n" for row in [self.COLUMNS, *kept]).encode())
-        self.seconds = float(kept[-1][-1]) if kept else 0.0
-        self.file = open(path, "a", newline="\n", buffering=1)  # noqa: SIM115 (closed by close)
-        self.recent = collections.deque(maxlen=100)
-        self.bar = progress(total=total, initial=step, unit="step")
-
-    def add(self, step, epoch, loss, lr, grad_norm, images, seconds, val_loss=""):
-        self.seconds += seconds
-        self.recent.append(loss)
-        row = [step, epoch, loss, val_loss, lr, grad_norm, images / seconds, self.seconds]
-        self.file.write(",".join(f"{value:.7g}" if isinstance(value, float) else str(value) for value in row) + "\n")
-        self.bar.update()
-        self.bar.set_postfix_str(f"loss {mean_finite(self.recent):.4f}, {images / seconds:,.1f} images/s", refresh=False)
-
-    def close(self):
-        self.file.close()
-        self.bar.close()
+def open_log(path, step):
+    """ddim_log.csv, open for more rows, and the seconds in it; rows behind `step`, where a run resumes, are dropped."""
+    if RANK > 0:
+        return open(os.devnull, "w"), 0.0
+    rows = [line.split(",") for line in path.read_text(errors="replace").splitlines()] if step and path.is_file() else []
+    whole = [row for row in rows if len(row) == len(LOG_COLUMNS) and row[0].isdigit() and row[-1][-1:].isdigit()]
+    kept = [row for row in whole if int(row[0]) <= step]
+    with atomic(path) as file:
+        file.write("".join(",".join(row) + "\n" for row in [LOG_COLUMNS, *kept]).encode())
+    return open(path, "a", newline="\n", buffering=1), float(kept[-1][-1]) if kept else 0.0
 
 
 @dataclass
@@ -813,7 +754,8 @@ class Run:
     def compiled(self, network, evaluations):
         """The network compiled, if that was asked for or so many evaluations of a batch earn back the minute it takes."""
         able = importlib.util.find_spec("triton") and any(map(shutil.which, ("cc", "gcc", "clang")))
-        earned = self.device.type == "cuda" and evaluations >= 2000 and able and torch.cuda.get_device_capability(self.device) >= (7, 0)
+        modern = self.device.type == "cuda" and torch.cuda.get_device_capability(self.device) >= (7, 0)
+        earned = modern and able and evaluations >= 2000
         wanted = {"on": evaluations > 0, "auto": earned, "off": False}[self.compile]
         return torch.compile(network) if wanted else network
 
@@ -846,17 +788,8 @@ def held_out_loss(model, batches, run):
     return float(sum_over_processes(total)) / sum(eps.numel() for _, _, eps in batches)
 
 
-BAD_STEPS = 10  # in a row, before giving up
-
-
-class Diverged(UserError):
-    """Too many steps in a row without a finite loss or gradient."""
-
-    exit_code = 1
-
-
 def make_step(state, schedule, args, run):
-    """step(batch): one optimizer step on uint8 images, this process's share; returns loss and gradient norm, on the device, and lr."""
+    """step(batch): one optimizer step on uint8 images, this process's share; returns loss and gradient norm, unread, and lr."""
     device, total = run.device, args.epochs * args.iterations
     draws = Draws(args.batch_size, schedule.timesteps, args.seed, device)
     snr = schedule.alphas_cumprod / (1 - schedule.alphas_cumprod)
@@ -889,10 +822,10 @@ def make_step(state, schedule, args, run):
     return step
 
 
-def train(state, images, held_out, schedule, args, config, run, preview):
-    """Take steps state.step .. epochs * iterations - 1, write log and checkpoints, call preview(epoch) after each epoch checkpoint.
+def train(state, images, held_out, schedule, args, run, preview):
+    """Take steps state.step .. epochs * iterations - 1, write log and checkpoints, call preview(epoch) after each of an epoch.
 
-    Raises Stopped when a signal came, with ddim_model_last.pth saved, and Diverged after BAD_STEPS bad steps in a row.
+    Raises Stopped when a signal came, with ddim_model_last.pth saved, and UserError after ten bad steps in a row.
     """
     total = args.epochs * args.iterations
     loader = make_loader(images, Order(len(images), args.batch_size, args.seed, state.step, total), run.device)
@@ -902,46 +835,49 @@ def train(state, images, held_out, schedule, args, config, run, preview):
     def save(name):
         nonlocal last_save
         if RANK == 0:
-            save_checkpoint(run.out_dir / name, state, config)
+            save_checkpoint(run.out_dir / name, state, vars(args))
         say(f"saved {run.out_dir / name}")
         run.saved, last_save = run.out_dir / name, time.monotonic()
 
-    log = Log(run.out_dir / "ddim_log.csv", state.step, total) if RANK == 0 else None
-    log_every = 1 if run.device.type == "cpu" else 10  # to read a loss is to wait for the device
-    pending, epoch_losses, epoch_seconds, bad, skipped = [], [], 0.0, 0, 0
+    log, seconds = open_log(run.out_dir / "ddim_log.csv", state.step)
+    read_every = 1 if run.device.type == "cpu" else 10  # to read a loss is to wait for the device
+    pending, losses, epoch_began, bad, skipped = [], [], seconds, 0, 0
     clock = last_save = time.monotonic()
-    with run.signals.postponing(), contextlib.closing(log) if log else contextlib.nullcontext():
+    run.signals.postpone(True)
+    with log, progress(total=total, initial=state.step, unit="step") as bar:
         for batch in loader:
             pending.append(step(batch))
             epoch, rest = divmod(state.step, args.iterations)
-            if rest and state.step % log_every and not (run.signals.received and WORLD_SIZE == 1):
+            if rest and state.step % read_every and not (run.signals.received and WORLD_SIZE == 1):
                 continue
 
-            losses, norms = torch.stack([torch.stack(entry[:2]) for entry in pending]).T.tolist()
-            seconds = (time.monotonic() - clock) / len(pending)
-            due = not rest and (epoch % args.save_every == 0 or state.step == total)
-            val_loss = held_out_loss(state.ema, fixed, run) if due else ""
-            for n, loss, grad_norm, entry in zip(itertools.count(state.step - len(pending)), losses, norms, pending):
-                last = n + 1 == state.step
-                if log:
-                    log.add(n + 1, n // args.iterations + 1, loss, entry[2], grad_norm, args.batch_size, seconds, val_loss if last else "")
-                epoch_losses.append(loss)
-                epoch_seconds += seconds
+            read = torch.stack([torch.stack(entry[:2]) for entry in pending]).tolist()
+            each = (time.monotonic() - clock) / len(pending)
+            periodic = not rest and epoch % args.save_every == 0
+            val_loss = held_out_loss(state.ema, fixed, run) if periodic or state.step == total else ""
+            for n, (loss, grad_norm), (_, _, lr) in zip(itertools.count(state.step - len(pending) + 1), read, pending):
+                seconds += each
+                taken = val_loss if n == state.step else ""
+                row = [n, (n - 1) // args.iterations + 1, loss, taken, lr, grad_norm, args.batch_size / each, seconds]
+                log.write(",".join(f"{value:.7g}" if isinstance(value, float) else str(value) for value in row) + "\n")
+                losses.append(loss)
                 bad = 0 if math.isfinite(loss + grad_norm) else bad + 1
                 skipped += bad > 0
+            bar.set_postfix_str(f"loss {mean_finite(losses[-100:]):.4f}, {args.batch_size / each:,.1f} images/s", refresh=False)
+            bar.update(len(pending))
             pending.clear()
-            if bad >= BAD_STEPS:
+            if bad >= 10:
                 good = f"The last good checkpoint is {run.saved}" if run.saved else "No checkpoint had been saved"
-                raise Diverged(f"{BAD_STEPS} steps in a row without a finite loss or gradient; try a lower --lr. {good}")
+                raise UserError(f"10 steps in a row without a finite loss or gradient; try a lower --lr. {good}", exit_code=1)
             if not rest:
-                line = f"epoch {epoch}/{args.epochs}  step {state.step:,}  loss {mean_finite(epoch_losses):.4f}"
-                line += f"  held-out loss {val_loss:.4f}" if due else ""
-                line += f"  {args.batch_size * len(epoch_losses) / epoch_seconds:,.1f} images/s"
+                line = f"epoch {epoch}/{args.epochs}  step {state.step:,}  loss {mean_finite(losses):.4f}"
+                line += f"  held-out loss {val_loss:.4f}" if val_loss else ""
+                line += f"  {args.batch_size * len(losses) / (seconds - epoch_began):,.1f} images/s"
                 say(line + (f"  {skipped} bad steps skipped" if skipped else ""))
-                epoch_losses, epoch_seconds = [], 0.0
+                losses, epoch_began = [], seconds
 
             stop = max(gather(run.signals.received))
-            if due and epoch % args.save_every == 0:
+            if periodic:
                 save(f"ddim_model_epoch_{epoch}.pth")
             if state.step == total:
                 save("ddim_model_final.pth")
@@ -949,10 +885,12 @@ def train(state, images, held_out, schedule, args, config, run, preview):
                 save("ddim_model_last.pth")
             if stop:
                 raise Stopped(stop)
-            if due and epoch % args.save_every == 0:
-                with run.signals.postponing(False):
-                    preview(epoch)
+            if periodic:
+                run.signals.postpone(False)
+                preview(epoch)
+                run.signals.postpone(True)
             clock = time.monotonic()
+    run.signals.postpone(False)
 
 
 # ---- Pictures --------------------------------------------------------------------------------------------------------
@@ -964,19 +902,19 @@ def to_uint8(x):
 
 
 class Sampler:
-    """Makes images by number. Image i comes from x_T of (seed, i) alone, whatever else is asked for and on however many processes."""
+    """Makes images by number. Image i comes from x_T of (seed, i) alone, whatever else is asked for, on any processes."""
 
     def __init__(self, model, schedule, args, run, evaluations=0):
-        self.model, self.schedule, self.args, self.run = model, schedule, args, run
-        self.network = run.compiled(model.eval(), evaluations)
-        self.fixed_size = self.network is not model  # another batch size would be compiled anew
-        self.bar = None
+        self.model, self.schedule, self.args, self.run = model.eval(), schedule, args, run
+        network = bf16_layers(model) if run.precision == "bf16" else model
+        self.network = run.compiled(network, evaluations)
+        self.fixed_size = self.network is not network  # another batch size would be compiled anew
+        self.bar = tqdm(disable=True)
 
     def eps(self, x, t):
         with self.run.autocast():
             eps = self.network(x, t)
-        if self.bar:
-            self.bar.update(len(x) * WORLD_SIZE)
+        self.bar.update(len(x) * WORLD_SIZE)
         return eps
 
     def noise(self, indices):
@@ -1009,7 +947,7 @@ class Sampler:
         before = torch.cuda.memory_allocated()
         for _ in range(2):  # the first also holds what the choice of convolutions tries
             torch.cuda.reset_peak_memory_stats()
-            self.model(probe, _full(probe, 0))  # not compiled and in float32: an upper bound
+            self.model(probe, torch.zeros(16, dtype=torch.int64, device=probe.device))  # eager, in float32: an upper bound
         per_image = (torch.cuda.max_memory_allocated() - before) / len(probe)
         torch.cuda.empty_cache()
         return max(1, min(2048, int(0.8 * torch.cuda.mem_get_info()[0] / per_image)))
@@ -1019,62 +957,59 @@ class Sampler:
 
         function: list of indices -> tensor with a row each; evaluations: of the network, per index.
         """
-        chunks = math.ceil(len(indices) / min(gather(self.batch_size())))
-        chunks = min(len(indices), math.ceil(chunks / WORLD_SIZE) * WORLD_SIZE)
-        chunks = [chunk.tolist() for chunk in np.array_split(np.asarray(indices), chunks)] if chunks else []
+        count = math.ceil(len(indices) / (min(gather(self.batch_size())) * WORLD_SIZE)) * WORLD_SIZE
+        chunks = [chunk.tolist() for chunk in np.array_split(np.asarray(indices), max(1, count)) if len(chunk)]
         plain = "{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}"
-        with progress(total=len(indices) * evaluations, desc=desc, bar_format=plain) as bar:
-            self.bar = bar if RANK == 0 else None
+        with progress(total=len(indices) * evaluations, desc=desc, bar_format=plain) as self.bar:
             for first in range(0, len(chunks), WORLD_SIZE):
                 turn = chunks[first : first + WORLD_SIZE]
                 mine = self.halving(function, turn[RANK], len(chunks[0])) if len(turn) > RANK else None
                 yield from zip(turn, gather(mine))
-            self.bar = None
 
     def halving(self, function, chunk, size):
         """function(chunk), in halves where memory does not suffice."""
+        padding = [chunk[-1]] * (size - len(chunk)) if self.fixed_size else []
         try:
-            padding = [chunk[-1]] * (size - len(chunk)) if self.fixed_size else []
             return function(chunk + padding)[: len(chunk)].cpu()
         except (MemoryError, RuntimeError) as error:
             if not out_of_memory(error) or len(chunk) == 1:
                 raise
-        if self.run.device.type == "cuda":
-            torch.cuda.empty_cache()
+        torch.cuda.empty_cache()
         half = len(chunk) // 2
         return torch.cat([self.halving(function, part, half) for part in (chunk[:half], chunk[half:])])
 
     def all(self, count, function, evaluations, desc):
         return torch.cat([result for _, result in self.over(range(count), function, evaluations, desc)])
 
-    def images(self, indices, steps):
-        """Yields (chunk of indices, uint8 [len(chunk), 3, 32, 32])."""
-        return self.over(indices, lambda chunk: to_uint8(self.sample(chunk, steps)), steps, "sampling")
+
+def bf16_layers(model):
+    """A copy whose convolutions and linear layers hold bfloat16: the same values under autocast, which need not round them each time."""
+    model = copy.deepcopy(model)
+    for layer in model.modules():
+        if isinstance(layer, (nn.Conv2d, nn.Linear)):
+            layer.bfloat16()
+    return model
 
 
 def out_of_memory(error):
-    words = ("out of memory", "not enough memory", "allocate memory", "ALLOC_FAILED")  # of GPUs, Windows, Linux, and CUDA's libraries
+    words = ("out of memory", "not enough memory", "allocate memory", "ALLOC_FAILED")  # GPUs, Windows, Linux, CUDA's libraries
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(word in str(error) for word in words)
 
 
 def draw_grid(images, columns=None, row_labels=(), column_labels=(), scale=None):
     """A Pillow image of uint8 [N, 3, H, W] in rows, ceil(sqrt(N)) wide by default, with labels at the left and on top."""
     columns = columns or math.ceil(math.sqrt(len(images)))
-    rows = math.ceil(len(images) / columns)
-    scale = scale or max(1, min(3, 560 // (columns * SIZE)))
-    side, gap, font = SIZE * scale, 2, ImageFont.load_default()
-    left = max((math.ceil(font.getlength(label)) + 8 for label in row_labels), default=gap)
-    top = 16 if column_labels else gap
-    sheet = Image.new("RGB", (left + columns * (side + gap), top + rows * (side + gap)), "white")
+    side = SIZE * (scale or max(1, min(3, 560 // (columns * SIZE))))
+    left, top, pitch = 52 if row_labels else 2, 16 if column_labels else 2, side + 2
+    sheet = Image.new("RGB", (left + columns * pitch, top + math.ceil(len(images) / columns) * pitch), "white")
     for i, image in enumerate(images):
-        row, column = divmod(i, columns)
         tile = Image.fromarray(image.permute(1, 2, 0).numpy()).resize((side, side), Image.Resampling.NEAREST)
-        sheet.paste(tile, (left + column * (side + gap), top + row * (side + gap)))
+        sheet.paste(tile, (left + i % columns * pitch, top + i // columns * pitch))
     draw = ImageDraw.Draw(sheet)
     for row, label in enumerate(row_labels):
-        draw.text((left - 5, top + row * (side + gap) + side / 2), label, "black", font, anchor="rm")
+        draw.text((left - 5, top + row * pitch + side / 2), label, "black", anchor="rm")
     for column, label in enumerate(column_labels):
-        draw.text((left + column * (side + gap) + side / 2, top / 2), label, "black", font, anchor="mm")
+        draw.text((left + column * pitch + side / 2, top / 2), label, "black", anchor="mm")
     return sheet
 
 
@@ -1086,83 +1021,58 @@ def save_grid(images, path, **layout):
 
 
 def save_samples(sampler, path, export=None):
-    """The grid of the first images, and all of them in `export` if that is given."""
+    """The grid of the first 256; and all: an .npz, complete or absent, or a folder of PNGs, which goes on where it stopped."""
     count, steps = sampler.args.num_samples, sampler.args.sample_steps[-1]
-    writer = Export(export, count, sampler) if export else None
-    todo = gather(writer.todo())[0] if export else range(min(count, 256))
-    shown = {}
+    export = Path(export).resolve() if export else None
+    folder = export if export and export.suffix != ".npz" else None
+    kept = np.zeros((count if export and not folder else min(count, 256), SIZE, SIZE, 3), np.uint8)
+    todo = range(count if export else len(kept))
+    if folder:
+        if RANK == 0:
+            prepare_folder(folder, sampler)
+        todo = gather([i for i in todo if not (folder / f"{i:05d}.png").exists()])[0]
+
+    def keep(chunk, images):
+        for i, image in zip(chunk, images.permute(0, 2, 3, 1).numpy()):
+            if i < len(kept):
+                kept[i] = image
+            if folder and RANK == 0:
+                Image.fromarray(image).save(folder / "unfinished.tmp", "PNG")
+                os.replace(folder / "unfinished.tmp", folder / f"{i:05d}.png")
+
     with ThreadPoolExecutor(1) as pool:  # files are written while the next images are computed
-        writing = None
-        for chunk, images in sampler.images(todo, steps):
-            shown |= {i: image for i, image in zip(chunk, images) if i < 256}
-            if export and RANK == 0:
-                if writing:
-                    writing.result()  # a full disk ends the run now
-                writing = pool.submit(writer.add, chunk, images)
-        if writing:
-            writing.result()
-    if RANK == 0:
-        if export:
-            writer.finish()
-        save_grid(torch.stack([shown[i] if i in shown else writer.read(i) for i in range(min(count, 256))]), path)
+        writing = pool.submit(int)  # nothing yet
+        for chunk, images in sampler.over(todo, lambda chunk: to_uint8(sampler.sample(chunk, steps)), steps, "sampling"):
+            writing.result()  # a full disk ends the run now
+            writing = pool.submit(keep, chunk, images)
+        writing.result()
+    if RANK > 0:
+        return
+    for i in set(range(len(kept))) - set(todo):  # drawn by the run that was stopped
+        kept[i] = np.asarray(Image.open(folder / f"{i:05d}.png"))
+    if export and not folder:
+        with atomic(export) as file:
+            np.savez(file, kept)
+    if export:
+        say(f"wrote {count:,} images to {export}")
+    save_grid(torch.from_numpy(kept[:256]).permute(0, 3, 1, 2), path)
 
 
-class Export:
-    """Exactly `count` images as an .npz (complete or absent) or as a folder of PNGs (which goes on where it was stopped)."""
-
-    def __init__(self, path, count, sampler):
-        self.path, self.count = Path(path).resolve(), count
-        self.archive = np.zeros((count, SIZE, SIZE, 3), np.uint8) if self.path.suffix == ".npz" else None
-        if self.archive is None and RANK == 0:
-            self.prepare_folder(sampler)
-
-    def file(self, i):
-        return self.path / f"{i:05d}.png"
-
-    def prepare_folder(self, sampler):
-        """A folder holds images of one origin only, which a hidden file in it states."""
-        crc = 0
-        for value in sampler.model.state_dict().values():
-            crc = zlib.crc32(value.cpu().contiguous().numpy().tobytes(), crc)
-        names = ("seed", "sample_steps", "tau", "order", "eta", "clip_x0", "standardize_noise", "timesteps", "beta_start", "beta_end")
-        origin = {"weights_crc32": crc, "precision": sampler.run.precision} | {name: getattr(sampler.args, name) for name in names}
-        note = self.path / ".origin.json"
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            for leftover in ("unfinished.tmp", f"{note.name}.tmp"):
-                (self.path / leftover).unlink(missing_ok=True)
-            strangers = {entry.name for entry in self.path.iterdir()} - {self.file(i).name for i in range(self.count)} - {note.name}
-            known = json.loads(note.read_text()) if note.is_file() else None
-        except (OSError, ValueError) as error:
-            raise UserError(f"--export {self.path}: {error}") from error
-        if strangers or (known is None and any(self.path.iterdir())) or known not in (None, origin):
-            raise UserError(f"--export {self.path}: the folder holds other files, or images of other weights or settings; choose another")
-        with atomic(note) as file:
-            file.write(json.dumps(origin).encode())
-
-    def todo(self):
-        return [i for i in range(self.count) if self.archive is not None or not self.file(i).exists()]
-
-    def add(self, chunk, images):
-        pixels = images.permute(0, 2, 3, 1).numpy()
-        if self.archive is not None:
-            self.archive[chunk] = pixels
-            return
-        try:
-            for i, image in zip(chunk, pixels):
-                Image.fromarray(image).save(self.path / "unfinished.tmp", "PNG")
-                os.replace(self.path / "unfinished.tmp", self.file(i))
-        except OSError as error:
-            raise UserError(f"cannot write {self.file(i)}: {error}") from error
-
-    def read(self, i):
-        return torch.from_numpy(np.array(Image.open(self.file(i)))).permute(2, 0, 1)
-
-    def finish(self):
-        if self.archive is not None:
-            with atomic(self.path) as file:
-                np.savez(file, self.archive)
-        say(f"wrote {self.count:,} images to {self.path}")
+def prepare_folder(folder, sampler):
+    """The folder holds images of one origin only, which a hidden file in it states, and no more of them than asked for."""
+    note, weights = folder / ".origin.json", sampler.model.state_dict().values()
+    names = ("seed", "sample_steps", "tau", "order", "eta", "clip_x0", "standardize_noise", *SCHEDULE_FLAGS)
+    flags = {name: getattr(sampler.args, name) for name in names}
+    crc = zlib.crc32(b"".join(value.cpu().numpy().tobytes() for value in weights))
+    origin = json.dumps({"weights_crc32": crc, "precision": sampler.run.precision, **flags})
+    folder.mkdir(parents=True, exist_ok=True)
+    present = {entry.name for entry in folder.iterdir()} - {"unfinished.tmp", f"{note.name}.tmp"}  # of a run that was killed
+    known = note.read_text(errors="replace") if note.name in present else None
+    wanted = {f"{i:05d}.png" for i in range(sampler.args.num_samples)}
+    if (present and known != origin) or present - wanted - {note.name}:
+        raise UserError(f"--export {folder}: it holds other files, or images of other weights or settings; choose another")
+    with atomic(note) as file:
+        file.write(origin.encode())
 
 
 def trajectory(sampler, out_dir):
@@ -1183,7 +1093,8 @@ def trajectory(sampler, out_dir):
         save_grid(rows, out_dir / "ddim_trajectory.png", columns=len(chosen), column_labels=[labels[i] for i in chosen])
         sheets = [draw_grid(films[:, i], scale=2) for i in np.linspace(0, steps, min(26, steps + 1)).round().astype(int)]
         with atomic(out_dir / "ddim_trajectory.gif") as file:
-            sheets[0].save(file, "GIF", save_all=True, append_images=sheets[1:], duration=[120] * (len(sheets) - 1) + [2000], loop=0)
+            timing = {"duration": [120] * (len(sheets) - 1) + [2000], "loop": 0}
+            sheets[0].save(file, "GIF", save_all=True, append_images=sheets[1:], **timing)
         say(f"wrote {out_dir / 'ddim_trajectory.gif'}")
 
 
@@ -1209,7 +1120,7 @@ def consistency(sampler, out_dir):
     if RANK == 0:
         images = to_uint8(torch.stack([column[:8] for column in columns], dim=1)).flatten(0, 1)
         save_grid(images, out_dir / "ddim_consistency.png", columns=len(lengths), column_labels=[f"S={S}" for S in lengths])
-        rows = [(S, mean_squared_error(column, columns[-1])) for S, column in zip(lengths, columns)]
+        rows = [(S, ((column - columns[-1]) / 2).square().mean().item()) for S, column in zip(lengths, columns)]  # on [0, 1]
         say(f"Mean squared distance of {count:,} images to those at S = {lengths[-1]}, per dimension on [0, 1]:")
         save_table(out_dir / "ddim_consistency.csv", ("steps", "distance"), rows)
 
@@ -1228,19 +1139,16 @@ def reconstruction(sampler, out_dir, test_images):
             return sampler.sample(indices, S, x_T=ddim_encode(sampler.eps, x_0, sampler.schedule, sampler.tau(S)))
 
         decoded = sampler.all(count, there_and_back, 2 * S, f"reconstruction, S = {S}")
-        rows.append((S, mean_squared_error(decoded, to_float(test_images[:count])), PAPER_RECONSTRUCTION.get(S, "")))
+        error = ((decoded - to_float(test_images[:count])) / 2).square().mean().item()  # on [0, 1]
+        rows.append((S, error, PAPER_RECONSTRUCTION.get(S, "")))
         images.append(to_uint8(decoded[:16]))
         labels.append(f"S={S}")
     if RANK == 0:
         columns = min(16, count)
-        save_grid(torch.cat([row[:columns] for row in images]), out_dir / "ddim_reconstruction.png", columns=columns, row_labels=labels)
+        picture = torch.cat([row[:columns] for row in images])
+        save_grid(picture, out_dir / "ddim_reconstruction.png", columns=columns, row_labels=labels)
         say(f"Mean squared error of {count:,} reconstructed test images, per dimension on [0, 1], beside the paper's (Table 2):")
         save_table(out_dir / "ddim_reconstruction.csv", ("steps", "error", "paper"), rows)
-
-
-def mean_squared_error(a, b):
-    """Of images in [-1, 1], as if they were in [0, 1]."""
-    return ((a - b) / 2).square().mean().item()
 
 
 def save_table(path, header, rows):
@@ -1264,18 +1172,6 @@ class Parser(argparse.ArgumentParser):
         raise UsageError(message)
 
 
-class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    def __init__(self, prog):
-        super().__init__(prog, max_help_position=34, width=min(130, shutil.get_terminal_size().columns))
-
-    def _get_help_string(self, action):
-        silent = action.default is None or action.default is False or action.default == argparse.SUPPRESS
-        return action.help if silent else f"{action.help} [{spell(action.default)}]"
-
-    def _get_default_metavar_for_optional(self, action):
-        return "N"
-
-
 def spell(value):
     return " ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
 
@@ -1286,7 +1182,7 @@ def number(kind, low, high=math.inf, above=False):
     def parse(text):
         with contextlib.suppress(ValueError):
             value = kind(text)
-            if low <= value <= high and not (above and value == low) and math.isfinite(value):
+            if low <= value <= high and not (above and value == low) and value != math.inf:
                 return value
         limits = f"above {low}" if above else f"at least {low}" if high == math.inf else f"in {low}..{high}"
         raise argparse.ArgumentTypeError(f"{text} is not a {'whole ' if kind is int else ''}number {limits}")
@@ -1295,107 +1191,96 @@ def number(kind, low, high=math.inf, above=False):
 
 
 def make_parser():
-    parser = Parser(prog="ddim_cifar.py", description=__doc__, formatter_class=HelpFormatter, add_help=False, allow_abbrev=False)
-    parser.description = "Train a UNet on CIFAR-10 and sample it with DDIM. Without flags: a quick test."
+    wide = functools.partial(argparse.HelpFormatter, max_help_position=34, width=min(130, shutil.get_terminal_size().columns))
+    purpose = "Train a UNet on CIFAR-10 and sample it with DDIM. Without flags: a quick test."
+    parser = Parser(prog="ddim_cifar.py", description=purpose, formatter_class=wide, add_help=False, allow_abbrev=False)
     count, share = number(int, 1), number(float, 0, 1)
 
-    group = parser.add_argument_group("training")
-    group.add_argument("--epochs", type=count, default=1, help="length of training, in epochs of --iterations steps")
-    group.add_argument("--iterations", type=count, default=1, help="optimizer steps per epoch, however long the data set")
-    group.add_argument("--batch-size", type=count, default=32, help="images per step, over all processes")
-    group.add_argument("--lr", type=number(float, 0, above=True), default=2e-4, help="Adam's learning rate")
-    group.add_argument("--warmup", type=number(int, 0), default=1000, help="steps of linear warm-up")
-    group.add_argument("--lr-decay", type=share, default=0.0, help="share of the run, at its end, over which the rate falls to zero")
-    group.add_argument("--grad-clip", type=number(float, 0, above=True), default=1.0, help="largest gradient norm")
-    group.add_argument("--min-snr", type=number(float, 0), default=0.0, help="weigh the loss of t by min(SNR, this) / SNR; 0: equally")
-    group.add_argument("--ema-decay", type=share, default=0.9999, help="of the averaged weights, which sampling uses")
-    group.add_argument("--resume", metavar="CKPT", help="go on from a checkpoint, or from the newest in --out-dir: auto")
-    group.add_argument("--save-every", type=count, default=10, help="epochs between checkpoints, held-out losses and grids")
-    group.add_argument("--save-minutes", type=number(float, 0), default=10.0, help="also refresh ddim_model_last.pth this often")
+    add = parser.add_argument_group("training").add_argument
+    add("--epochs", type=count, default=1, help="length of training, in epochs of --iterations steps")
+    add("--iterations", type=count, default=1, help="optimizer steps per epoch, however long the data set")
+    add("--batch-size", type=count, default=32, help="images per step, over all processes")
+    add("--lr", type=number(float, 0, above=True), default=2e-4, help="Adam's learning rate")
+    add("--warmup", type=number(int, 0), default=1000, help="steps of linear warm-up")
+    add("--lr-decay", type=share, default=0.0, help="share of the run, at its end, over which the rate falls to zero")
+    add("--grad-clip", type=number(float, 0, above=True), default=1.0, help="largest gradient norm")
+    add("--min-snr", type=number(float, 0), default=0.0, help="weigh the loss of t by min(SNR, this) / SNR; 0: equally")
+    add("--ema-decay", type=share, default=0.9999, help="of the averaged weights, which sampling uses")
+    add("--resume", metavar="CKPT", help="go on from a checkpoint, or from the newest in --out-dir: auto")
+    add("--save-every", type=count, default=10, help="epochs between checkpoints, held-out losses and grids")
+    add("--save-minutes", type=number(float, 0), default=10.0, help="also refresh ddim_model_last.pth this often")
 
-    group = parser.add_argument_group("data")
-    group.add_argument("--dataset", choices=["cifar10", "folder", "synthetic"], default="cifar10", help="images to learn")
-    group.add_argument("--data-dir", metavar="DIR", default="./data", help="where CIFAR-10 is, or goes; or the folder of images")
+    add = parser.add_argument_group("data").add_argument
+    add("--dataset", choices=["cifar10", "folder", "synthetic"], default="cifar10", help="images to learn")
+    add("--data-dir", metavar="DIR", default="./data", help="where CIFAR-10 is, or goes; or the folder of images")
 
-    group = parser.add_argument_group("network and noise schedule (come from the checkpoint with --resume and --sample)")
-    group.add_argument("--channels", type=count, default=128, help="width, a multiple of 32")
-    group.add_argument("--channel-mults", type=count, nargs="+", metavar="M", default=[1, 2, 2, 2], help="times width, per resolution")
-    group.add_argument("--res-blocks", type=count, default=2, help="ResBlocks per resolution")
-    group.add_argument("--attn-resolutions", type=count, nargs="*", metavar="R", default=[16], help="sides with attention")
-    group.add_argument("--dropout", type=number(float, 0, 0.99), default=0.1, help="in each ResBlock")
-    group.add_argument("--timesteps", type=number(int, 2), default=1000, help="T")
-    group.add_argument("--beta-start", type=number(float, 1e-9, 0.999), default=1e-4, help="first beta")
-    group.add_argument("--beta-end", type=number(float, 1e-9, 0.999), default=0.02, help="last beta")
+    add = parser.add_argument_group("network and noise schedule (of the checkpoint with --resume and --sample)").add_argument
+    add("--channels", type=count, default=128, help="width, a multiple of 32")
+    add("--channel-mults", type=count, nargs="+", metavar="M", default=[1, 2, 2, 2], help="times width, per resolution")
+    add("--res-blocks", type=count, default=2, help="ResBlocks per resolution")
+    add("--attn-resolutions", type=count, nargs="*", metavar="R", default=[16], help="sides with attention")
+    add("--dropout", type=number(float, 0, 0.99), default=0.1, help="in each ResBlock")
+    add("--timesteps", type=number(int, 2), default=1000, help="T")
+    add("--beta-start", type=number(float, 1e-9, 0.999), default=1e-4, help="first beta")
+    add("--beta-end", type=number(float, 1e-9, 0.999), default=0.02, help="last beta")
 
-    group = parser.add_argument_group("sampling")
-    group.add_argument("--sample", metavar="CKPT", help="do not train: sample from a checkpoint, or from published weights")
-    group.add_argument("--num-samples", type=count, default=16, help="images")
-    group.add_argument("--sample-steps", type=count, nargs="+", metavar="S", default=[50], help="steps, or a list of them to compare")
-    group.add_argument("--tau", choices=TAUS, default="quadratic", help="which steps of T")
-    group.add_argument("--order", type=int, choices=[1, 2], default=1, help="2: second-order steps at the same cost, not plain DDIM")
-    group.add_argument("--eta", type=share, default=0.0, help="0: DDIM, deterministic; 1: DDPM")
-    group.add_argument("--clip-x0", action="store_true", help="clamp each predicted x_0 to [-1, 1]")
-    group.add_argument("--standardize-noise", action="store_true", help="x_T of mean 0, variance 1 in each channel: after short training")
-    group.add_argument("--no-ema", action="store_true", help="sample the weights themselves, not their average")
-    group.add_argument("--sample-batch-size", type=count, metavar="N", help="images at a time [what memory allows]")
-    group.add_argument("--export", metavar="PATH", help="also write all images: x.npz (arr_0, uint8 [N, 32, 32, 3]) or a folder of PNGs")
-    group.add_argument("--export-weights", metavar="DIR", help="also write the weights as diffusers' DDIMPipeline reads them")
+    add = parser.add_argument_group("sampling").add_argument
+    add("--sample", metavar="CKPT", help="do not train: sample from a checkpoint, or from published weights")
+    add("--num-samples", type=count, default=16, help="images")
+    add("--sample-steps", type=count, nargs="+", metavar="S", default=[50], help="steps, or a list of them to compare")
+    add("--tau", choices=TAUS, default="quadratic", help="which steps of T")
+    add("--order", type=int, choices=[1, 2], default=1, help="2: second-order steps at the same cost, not plain DDIM")
+    add("--eta", type=share, default=0.0, help="0: DDIM, deterministic; 1: DDPM")
+    add("--clip-x0", action="store_true", help="clamp each predicted x_0 to [-1, 1]")
+    add("--standardize-noise", action="store_true", help="x_T of mean 0, variance 1 in each channel: after short training")
+    add("--no-ema", action="store_true", help="sample the weights themselves, not their average")
+    add("--sample-batch-size", type=count, metavar="N", help="images at a time [what memory allows]")
+    add("--export", metavar="PATH", help="also write all images: x.npz (arr_0, uint8 [N, 32, 32, 3]) or a folder of PNGs")
+    add("--export-weights", metavar="DIR", help="also write the weights as diffusers' DDIMPipeline reads them")
 
-    group = parser.add_argument_group("the paper's experiments, a picture each (the last two compare S = 10 20 50 100 or --sample-steps)")
-    group.add_argument("--trajectory", action="store_true", help="predicted x_0 from noise to picture, also as an animation")
-    group.add_argument("--interpolate", action="store_true", help="between pairs of x_T")
-    group.add_argument("--reconstruct", action="store_true", help="encode and decode test images, with the error of Table 2")
-    group.add_argument("--consistency", action="store_true", help="the same x_T at several S, and their distances")
+    title = "the paper's experiments, a picture each (the last two compare S = 10 20 50 100 or --sample-steps)"
+    add = parser.add_argument_group(title).add_argument
+    add("--trajectory", action="store_true", help="predicted x_0 from noise to picture, also as an animation")
+    add("--interpolate", action="store_true", help="between pairs of x_T")
+    add("--reconstruct", action="store_true", help="encode and decode test images, with the error of Table 2")
+    add("--consistency", action="store_true", help="the same x_T at several S, and their distances")
 
-    group = parser.add_argument_group("run time")
-    group.add_argument("--device", choices=["auto", "cuda", "mps", "cpu"], default="auto", help="auto: cuda, then mps, then cpu")
-    group.add_argument("--precision", choices=["auto", "fp32", "bf16"], default="auto", help="auto: bf16 where the hardware is fast at it")
-    group.add_argument("--compile", choices=["auto", "on", "off"], default="auto", help="auto: on a GPU, where the run is long enough")
-    group.add_argument("--seed", type=number(int, 0), default=0, help="of everything random")
-    group.add_argument("--out-dir", metavar="DIR", default=".", help="where files go")
-    group.add_argument("-h", "--help", action="help", help="show this help")
+    add = parser.add_argument_group("run time").add_argument
+    add("--device", choices=["auto", "cuda", "mps", "cpu"], default="auto", help="auto: cuda, then mps, then cpu")
+    add("--precision", choices=["auto", "fp32", "bf16"], default="auto", help="auto: bf16 where the hardware is fast at it")
+    add("--compile", choices=["auto", "on", "off"], default="auto", help="auto: on a GPU, where the run is long enough")
+    add("--seed", type=number(int, 0), default=0, help="of everything random")
+    add("--out-dir", metavar="DIR", default=".", help="where files go")
+    add("-h", "--help", action="help", help="show this help")
+    for action in parser._actions:
+        if str(action.default) not in ("None", "False", argparse.SUPPRESS):
+            action.help += f" [{spell(action.default)}]"
+        if action.type and not action.choices:
+            action.metavar = action.metavar or "N"
     return parser
 
 
-SCHEDULE_FLAGS = ("timesteps", "beta_start", "beta_end")
 TRAINING_FLAGS = ("epochs", "iterations", "batch_size", "lr", "warmup", "lr_decay", "grad_clip", "min_snr", "ema_decay")
 TRAINING_FLAGS += ("save_every", "save_minutes")
 PLACE_FLAGS = ("resume", "sample", "device", "out_dir", "export", "export_weights")  # of this run, not of the model
 EXPERIMENTS = ("trajectory", "interpolate", "consistency", "reconstruct")
 
 
-def as_argv(config, names):
-    """A checkpoint's flags as they would be typed."""
-    argv = []
-    for name in names:
-        value = config.get(name)
-        flag = "--" + name.replace("_", "-")
-        if isinstance(value, (list, tuple)):
-            argv += [flag, *map(str, value)]
-        elif value is not None and value is not False:
-            argv += [flag] if value is True else [f"{flag}={value}"]
-    return argv
-
-
 def parse_args(argv=None):
     """The flags, completed from the checkpoint that --resume or --sample names, and that checkpoint (or None)."""
-    argv = sys.argv[1:] if argv is None else list(argv)
-    parser = make_parser()
+    parser, unset = make_parser(), object()
     args = parser.parse_args(argv)
-    unset = object()
-    marked = vars(parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(vars(args), unset))))
-    given = {name for name, value in marked.items() if value is not unset}
-    if args.sample and (clash := given & {"resume", *TRAINING_FLAGS}):
-        raise UsageError(f"--sample does not train, which {', '.join('--' + name.replace('_', '-') for name in sorted(clash))} asks for")
-
+    marked = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(vars(args), unset)))
+    given = {name for name, value in vars(marked).items() if value is not unset}
+    clash = sorted("--" + name.replace("_", "-") for name in given & {"resume", *TRAINING_FLAGS})
+    if args.sample and clash:
+        raise UsageError(f"--sample does not train, which {', '.join(clash)} asks for")
     if "" in (args.sample, args.resume):
         raise UsageError("--sample and --resume need the name of a file")
 
     path, checkpoint = args.sample or args.resume, None
-    if path == "auto" and args.resume:
+    if args.resume == "auto":
         path, checkpoint = newest_checkpoint(Path(args.out_dir))
-        if not path:
-            say(f"no checkpoint in {Path(args.out_dir).resolve()}: starting afresh")
     elif path:
         checkpoint = load_checkpoint(path, "cpu")
     if checkpoint:
@@ -1403,16 +1288,18 @@ def parse_args(argv=None):
         if args.resume and "step" not in checkpoint:
             raise UserError(f"checkpoint {path}: published weights have no optimizer state to resume from; use --sample")
         fixed = (*UNET_FLAGS, *SCHEDULE_FLAGS) + (("dataset", "batch_size", "seed") if args.resume else ())
-        inherited = set(vars(args)) - set(PLACE_FLAGS) - set(EXPERIMENTS) if args.resume else {*fixed, "dataset", "data_dir"}
+        inherited = set(vars(args)) - {*PLACE_FLAGS, *EXPERIMENTS} if args.resume else {*fixed, "dataset", "data_dir"}
         for name in fixed:
-            if name in given and name in config and spell(config[name]) != spell(getattr(args, name)):
-                flag = "--" + name.replace("_", "-")
-                raise UsageError(f"{flag} {spell(getattr(args, name))} contradicts {spell(config[name])}, which {path} was trained with")
+            if name in given & config.keys() and getattr(args, name) != config[name]:
+                mine, its = spell(getattr(args, name)), spell(config[name])
+                raise UsageError(f"--{name.replace('_', '-')} {mine} contradicts {its}, which {path} was trained with")
+        typed = {name: config[name] for name in inherited & config.keys()}  # numbers as text, which the parser checks again
+        parser.set_defaults(**{name: str(value) if type(value) in (int, float) else value for name, value in typed.items()})
         try:
-            args = parser.parse_args(as_argv(config, sorted(inherited & config.keys())) + argv)
+            args = parser.parse_args(argv)
         except UsageError as error:
             raise UserError(f"checkpoint {path}: its config does not fit: {error}") from error
-        args.resume = str(path) if args.resume else None
+        args.resume = args.resume and str(path)
 
     args.compared_steps = args.sample_steps if "sample_steps" in given or args.sample_steps != [50] else [10, 20, 50, 100]
     args.quick_test = not path and args.epochs * args.iterations == 1 and "dataset" not in given
@@ -1432,7 +1319,7 @@ def check(args, checkpoint):
     if args.beta_start > args.beta_end:
         raise UsageError(f"--beta-start {args.beta_start} must not be above --beta-end {args.beta_end}")
     if NoiseSchedule(args.timesteps, args.beta_start, args.beta_end).alpha(args.timesteps - 1) < 1e-12:
-        raise UsageError(f"--beta-end {args.beta_end} leaves nothing of the image after {args.timesteps} --timesteps; lower either")
+        raise UsageError(f"--beta-end {args.beta_end} leaves no image after {args.timesteps} --timesteps; lower either")
     if args.export_weights and args.channel_mults[0] != 1:
         raise UsageError("--export-weights: diffusers has no such network, its --channel-mults begin with 1")
     compares = args.reconstruct or args.consistency
@@ -1451,12 +1338,12 @@ def check(args, checkpoint):
 
 def newest_checkpoint(out_dir):
     """(path, checkpoint) of the newest complete checkpoint in the folder, or (None, None)."""
-    paths = sorted(out_dir.glob("ddim_model_*.pth"), key=lambda path: path.stat().st_mtime_ns, reverse=True)
-    for path in paths:
+    for path in sorted(out_dir.glob("ddim_model_*.pth"), key=lambda path: path.stat().st_mtime_ns, reverse=True):
         try:
             return path, load_checkpoint(path, "cpu")
         except UserError as error:
             say(f"warning: passed over: {error}", sys.stderr)
+    say(f"no checkpoint in {out_dir.resolve()}: starting afresh")
     return None, None
 
 
@@ -1464,15 +1351,17 @@ def export_weights(folder, model, args):
     """The folder that diffusers' DDIMPipeline.from_pretrained(folder) loads."""
     attends = [SIZE >> level in args.attn_resolutions for level in range(len(args.channel_mults))]
     unet = {
-        "_class_name": "UNet2DModel", "sample_size": SIZE, "in_channels": 3, "out_channels": 3, "layers_per_block": args.res_blocks,
-        "block_out_channels": [args.channels * mult for mult in args.channel_mults], "attention_head_dim": None,
+        "_class_name": "UNet2DModel", "sample_size": SIZE, "in_channels": 3, "attention_head_dim": None,
+        "layers_per_block": args.res_blocks,
+        "block_out_channels": [args.channels * mult for mult in args.channel_mults], "out_channels": 3,
         "down_block_types": ["AttnDownBlock2D" if here else "DownBlock2D" for here in attends],
         "up_block_types": ["AttnUpBlock2D" if here else "UpBlock2D" for here in reversed(attends)],
         "downsample_padding": 0, "flip_sin_to_cos": False, "freq_shift": 1, "norm_eps": 1e-6, "dropout": args.dropout,
     }  # fmt: skip
     scheduler = {
-        "_class_name": "DDIMScheduler", "num_train_timesteps": args.timesteps, "beta_start": args.beta_start, "beta_end": args.beta_end,
-        "beta_schedule": "linear", "clip_sample": False, "set_alpha_to_one": True, "steps_offset": 0, "timestep_spacing": "leading",
+        "_class_name": "DDIMScheduler", "num_train_timesteps": args.timesteps,
+        "beta_start": args.beta_start, "beta_end": args.beta_end, "steps_offset": 0,
+        "beta_schedule": "linear", "clip_sample": False, "set_alpha_to_one": True, "timestep_spacing": "leading",
     }  # fmt: skip
     index = {"_class_name": "DDIMPipeline", "unet": ["diffusers", "UNet2DModel"], "scheduler": ["diffusers", "DDIMScheduler"]}
     files = {"model_index.json": index, "unet/config.json": unet, "scheduler/scheduler_config.json": scheduler}
@@ -1490,17 +1379,16 @@ def prepare_out_dir(args, run, checkpoint_bytes):
         for path in filter(None, (args.export, args.export_weights)):
             Path(path).resolve().parent.mkdir(parents=True, exist_ok=True)
         run.out_dir.mkdir(parents=True, exist_ok=True)
-        for leftover in run.out_dir.glob("ddim_*.tmp"):  # of a run that was killed while saving
-            leftover.unlink()
-        trial = run.out_dir / "ddim_trial.tmp"
-        trial.touch()
-        trial.unlink()
+        (run.out_dir / "ddim_trial.tmp").touch()
+        for leftover in run.out_dir.glob("ddim_trial.tmp" if args.sample else "ddim_*.tmp"):  # of a killed run
+            leftover.unlink(missing_ok=True)
         free = shutil.disk_usage(run.out_dir).free
     except OSError as error:
         raise UserError(f"cannot write to {error.filename}: {error.strerror} (--out-dir, --export, --export-weights)") from error
     for files in (2, 2 + args.epochs // args.save_every):
         if free < files * checkpoint_bytes:
-            lack = f"{args.out_dir}: {free / 1e6:,.0f} MB free, {files * checkpoint_bytes / 1e6:,.0f} MB needed for {files} checkpoints"
+            sizes = f"{free / 1e6:,.0f} MB free, {files * checkpoint_bytes / 1e6:,.0f} MB needed for {files} checkpoints"
+            lack = f"{args.out_dir}: {sizes}"
             if files == 2:
                 raise UserError(f"--out-dir {lack}")
             say(f"warning: {lack}; see --save-every", sys.stderr)
@@ -1518,7 +1406,7 @@ def protect_longer_run(out_dir, total):
 
 
 def get_images(args):
-    """load_images, in the first process of each machine before the others, since it may download. Offline, the quick test draws its own."""
+    """load_images, first in one process of each machine, since it may download. Offline, the quick test draws its own."""
     if LOCAL_RANK > 0:
         gather(None)
     try:
@@ -1549,7 +1437,7 @@ def execute(args, checkpoint, run):
 
     if RANK == 0:
         prepare_out_dir(args, run, 0 if args.sample else 4 * 4 * size)  # weights, averages and two moments
-        if not checkpoint and not args.sample:
+        if not checkpoint:
             protect_longer_run(run.out_dir, total)
     train_images, test_images = get_images(args) if not args.sample or args.reconstruct else (None, None)
     say(f"device    {run.device}, {run.precision}" + (f", {WORLD_SIZE} processes" if WORLD_SIZE > 1 else ""))
@@ -1560,7 +1448,11 @@ def execute(args, checkpoint, run):
         ema = copy.deepcopy(model).eval().requires_grad_(False)
         state = State(model, ema, torch.optim.Adam(model.parameters(), lr=args.lr, fused=True))
         if checkpoint:
-            restore(state, checkpoint)
+            state.step = checkpoint["step"]
+            ema.load_state_dict(checkpoint["ema"])
+            groups = state.optimizer.state_dict()["param_groups"]
+            state.optimizer.load_state_dict({"state": checkpoint["optimizer"]["state"], "param_groups": groups})
+            checkpoint.clear()  # half a gigabyte
             run.saved = Path(args.resume).resolve()
         say(f"images    {args.dataset}: {len(train_images):,} to train on, {len(test_images):,} held out")
         say(f"steps     {state.step:,} done, {max(0, total - state.step):,} to go, of {args.batch_size} images each")
@@ -1568,11 +1460,10 @@ def execute(args, checkpoint, run):
         say("A training loss near 0.03 is normal and then looks flat; the held-out loss, on fixed noise, falls for longer.")
 
         def preview(epoch):
-            save_samples(Sampler(state.ema, schedule, preview_args, run), run.out_dir / f"ddim_samples_epoch_{epoch}.png")
+            few = argparse.Namespace(**vars(args) | {"num_samples": 16})
+            save_samples(Sampler(ema, schedule, few, run), run.out_dir / f"ddim_samples_epoch_{epoch}.png")
 
-        preview_args = argparse.Namespace(**vars(args) | {"num_samples": 16})
-        config = {name: value for name, value in vars(args).items() if name not in ("quick_test", "compared_steps")}
-        train(state, train_images, test_images, schedule, args, config, run, preview)
+        train(state, train_images, test_images, schedule, args, run, preview)
         network = model if args.no_ema else ema
     evaluations = math.ceil(args.num_samples * args.sample_steps[-1] / 256)
     sampler = Sampler(network, schedule, args, run, evaluations)
@@ -1588,20 +1479,9 @@ def execute(args, checkpoint, run):
     if args.export and not args.export.endswith(".npz"):
         say(f"next, with torch-fidelity: fidelity --fid --isc --input1 {shlex.quote(args.export)} --input2 cifar10-train")
     elif args.sample:
-        say(f"next: python {script} --sample {args.sample} --trajectory --interpolate --reconstruct --consistency")
+        say(f"next: python {script} --sample {shlex.quote(args.sample)} --trajectory --interpolate --reconstruct --consistency")
     else:
-        say(f"next: python {script} --sample {run.out_dir / 'ddim_model_final.pth'} --num-samples 64")
-
-
-def restore(state, checkpoint):
-    """Put a checkpoint's step, average and moments into the state."""
-    state.step = checkpoint["step"]
-    state.ema.load_state_dict(checkpoint["ema"])
-    fresh = state.optimizer.state_dict()["param_groups"]
-    state.optimizer.load_state_dict({"state": checkpoint["optimizer"]["state"], "param_groups": fresh})
-    for parameter, moments in state.optimizer.state.items():
-        for name in ("exp_avg", "exp_avg_sq"):  # the fused kernel wants the parameter's own layout in memory
-            moments[name] = torch.empty_like(parameter).copy_(moments[name])
+        say(f"next: python {script} --sample {shlex.quote(str(run.saved))} --num-samples 64")
 
 
 def resume_command(argv, saved):
@@ -1615,7 +1495,7 @@ def resume_command(argv, saved):
 
 
 def main(argv=None):
-    """The command. Returns the exit code: 0; 1 diverged; 2 a mistake or a misfortune, in one line; 128 + the signal that stopped it."""
+    """The command. Returns the exit code: 0; 1 diverged; 2 a mistake or a misfortune, in one line; 128 + the signal that came."""
     args = run = None
     try:
         with Signals() as signals:
@@ -1632,11 +1512,9 @@ def main(argv=None):
         code, complaint = 128 + stopped.args[0], f"stopped by {signal.Signals(stopped.args[0]).name}"
         if run and run.saved:
             complaint += f"; to go on:\n{resume_command(argv, run.saved)}"
-    except UserError as error:
+    except (UserError, OSError) as error:
         usage = make_parser().format_usage() if isinstance(error, UsageError) else ""
-        code, complaint = error.exit_code, f"{usage}ddim_cifar.py: error: {error}"
-    except OSError as error:
-        code, complaint = 2, f"ddim_cifar.py: error: {error}"
+        code, complaint = getattr(error, "exit_code", 2), f"{usage}ddim_cifar.py: error: {error}"
     except (MemoryError, RuntimeError) as error:
         if out_of_memory(error):
             smaller = "a smaller --sample-batch-size"
