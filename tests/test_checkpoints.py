@@ -214,7 +214,7 @@ def torture(folder, signum, stops, flags, seed=0):
 @pytest.mark.parametrize(
     ("signum", "stops"),
     [
-        (signal.SIGKILL, 2),
+        (signal.SIGKILL, 1),
         pytest.param(signal.SIGKILL, 20, marks=pytest.mark.slow),
         pytest.param(signal.SIGTERM, 20, marks=pytest.mark.slow),
     ],

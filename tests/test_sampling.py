@@ -62,6 +62,17 @@ def test_standardized_noise_has_mean_0_and_variance_1_in_each_channel():
     torch.testing.assert_close(x_T.std((2, 3)), torch.ones(2, 3))
 
 
+def test_rounding_the_weights_once_is_what_autocast_does_each_time():
+    torch.manual_seed(0)
+    model = ddim_cifar.UNet(channels=32, channel_mults=(1, 2), res_blocks=1).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    x, t = torch.randn(2, 3, 32, 32), torch.tensor([3, 700])
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(model(x, t), ddim_cifar.bf16_layers(model)(x, t))
+    assert model.conv_in.weight.dtype == torch.float32
+
+
 def test_a_folder_holds_the_images_of_the_archive(export, tmp_path):
     assert np.array_equal(export("folder", "--num-samples", "5"), export("x.npz", "--num-samples", "5"))
     assert len(list((tmp_path / "folder").glob("*.png"))) == 5
