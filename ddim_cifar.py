@@ -1000,7 +1000,7 @@ def draw_grid(images, columns=None, row_labels=(), column_labels=(), scale=None)
     """A Pillow image of uint8 [N, 3, H, W] in rows, ceil(sqrt(N)) wide by default, with labels at the left and on top."""
     columns = columns or math.ceil(math.sqrt(len(images)))
     side = SIZE * (scale or max(1, min(3, 560 // (columns * SIZE))))
-    left, top, pitch = 52 if row_labels else 2, 16 if column_labels else 2, side + 2
+    left, top, pitch = 6 * max(map(len, row_labels), default=-1) + 8, 16 if column_labels else 2, side + 2
     sheet = Image.new("RGB", (left + columns * pitch, top + math.ceil(len(images) / columns) * pitch), "white")
     for i, image in enumerate(images):
         tile = Image.fromarray(image.permute(1, 2, 0).numpy()).resize((side, side), Image.Resampling.NEAREST)
