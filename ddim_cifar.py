@@ -511,7 +511,7 @@ def start_processes(asked):
             raise UserError(f"{LOCAL_WORLD_SIZE} processes for {torch.cuda.device_count()} GPUs: lower --nproc_per_node")
         device = torch.device("cuda", LOCAL_RANK)
         torch.cuda.set_device(device)
-    if WORLD_SIZE > 1 or "OMP_NUM_THREADS" not in os.environ:  # torchrun sets it to 1
+    if LOCAL_WORLD_SIZE > 1 or "OMP_NUM_THREADS" not in os.environ:  # torchrun sets it to 1
         torch.set_num_threads(max(1, available_cores() // LOCAL_WORLD_SIZE))
     if WORLD_SIZE > 1:
         patience = timedelta(hours=2)  # the others wait while the first downloads CIFAR-10
@@ -647,6 +647,8 @@ def load_checkpoint(path, device):
     except pickle.UnpicklingError as error:
         raise UserError(f"checkpoint {path}: damaged, or more than tensors and plain values; nothing of it was run") from error
     except Exception as error:  # zip, pickle and tensor readers have errors of many kinds
+        if out_of_memory(error):
+            raise
         reason = f"{type(error).__name__}: {error}".splitlines()[0].split(". ")[0]
         raise UserError(f"checkpoint {path}: damaged, cut short or not of this program ({reason})") from error
     return checkpoint
@@ -841,7 +843,7 @@ def train(state, images, held_out, schedule, args, run, preview):
 
     log, seconds = open_log(run.out_dir / "ddim_log.csv", state.step)
     read_every = 1 if run.device.type == "cpu" else 10  # to read a loss is to wait for the device
-    pending, losses, epoch_began, bad, skipped = [], [], seconds, 0, 0
+    pending, losses, recent, epoch_began, bad, skipped = [], [], [], seconds, 0, 0
     clock = last_save = time.monotonic()
     run.signals.postpone(True)
     with log, progress(total=total, initial=state.step, unit="step") as bar:
@@ -863,7 +865,8 @@ def train(state, images, held_out, schedule, args, run, preview):
                 losses.append(loss)
                 bad = 0 if math.isfinite(loss + grad_norm) else bad + 1
                 skipped += bad > 0
-            bar.set_postfix_str(f"loss {mean_finite(losses[-100:]):.4f}, {args.batch_size / each:,.1f} images/s", refresh=False)
+            recent = [*recent, *(loss for loss, _ in read)][-100:]
+            bar.set_postfix_str(f"loss {mean_finite(recent):.4f}, {args.batch_size / each:,.1f} images/s", refresh=False)
             bar.update(len(pending))
             pending.clear()
             if bad >= 10:
@@ -871,7 +874,7 @@ def train(state, images, held_out, schedule, args, run, preview):
                 raise UserError(f"10 steps in a row without a finite loss or gradient; try a lower --lr. {good}", exit_code=1)
             if not rest:
                 line = f"epoch {epoch}/{args.epochs}  step {state.step:,}  loss {mean_finite(losses):.4f}"
-                line += f"  held-out loss {val_loss:.4f}" if val_loss else ""
+                line += f"  held-out loss {val_loss:.4f}" if val_loss != "" else ""
                 line += f"  {args.batch_size * len(losses) / (seconds - epoch_began):,.1f} images/s"
                 say(line + (f"  {skipped} bad steps skipped" if skipped else ""))
                 losses, epoch_began = [], seconds
@@ -975,7 +978,7 @@ class Sampler:
             if not out_of_memory(error) or len(chunk) == 1:
                 raise
         torch.cuda.empty_cache()
-        half = len(chunk) // 2
+        half = math.ceil(len(chunk) / 2)
         return torch.cat([self.halving(function, part, half) for part in (chunk[:half], chunk[half:])])
 
     def all(self, count, function, evaluations, desc):
@@ -1036,15 +1039,18 @@ def save_samples(sampler, path, export=None):
         for i, image in zip(chunk, images.permute(0, 2, 3, 1).numpy()):
             if i < len(kept):
                 kept[i] = image
-            if folder and RANK == 0:
-                Image.fromarray(image).save(folder / "unfinished.tmp", "PNG")
-                os.replace(folder / "unfinished.tmp", folder / f"{i:05d}.png")
+            if folder:
+                try:
+                    Image.fromarray(image).save(folder / "unfinished.tmp", "PNG")
+                    os.replace(folder / "unfinished.tmp", folder / f"{i:05d}.png")
+                except OSError as error:
+                    raise UserError(f"cannot write {folder / f'{i:05d}.png'}: {error}") from error
 
     with ThreadPoolExecutor(1) as pool:  # files are written while the next images are computed
         writing = pool.submit(int)  # nothing yet
         for chunk, images in sampler.over(todo, lambda chunk: to_uint8(sampler.sample(chunk, steps)), steps, "sampling"):
             writing.result()  # a full disk ends the run now
-            writing = pool.submit(keep, chunk, images)
+            writing = pool.submit(keep, chunk, images) if RANK == 0 else writing
         writing.result()
     if RANK > 0:
         return
@@ -1063,7 +1069,7 @@ def prepare_folder(folder, sampler):
     note, weights = folder / ".origin.json", sampler.model.state_dict().values()
     names = ("seed", "sample_steps", "tau", "order", "eta", "clip_x0", "standardize_noise", *SCHEDULE_FLAGS)
     flags = {name: getattr(sampler.args, name) for name in names}
-    crc = zlib.crc32(b"".join(value.cpu().numpy().tobytes() for value in weights))
+    crc = functools.reduce(lambda crc, value: zlib.crc32(value.cpu().numpy().tobytes(), crc), weights, 0)
     origin = json.dumps({"weights_crc32": crc, "precision": sampler.run.precision, **flags})
     folder.mkdir(parents=True, exist_ok=True)
     present = {entry.name for entry in folder.iterdir()} - {"unfinished.tmp", f"{note.name}.tmp"}  # of a run that was killed
@@ -1071,6 +1077,7 @@ def prepare_folder(folder, sampler):
     wanted = {f"{i:05d}.png" for i in range(sampler.args.num_samples)}
     if (present and known != origin) or present - wanted - {note.name}:
         raise UserError(f"--export {folder}: it holds other files, or images of other weights or settings; choose another")
+    (folder / "unfinished.tmp").unlink(missing_ok=True)
     with atomic(note) as file:
         file.write(origin.encode())
 
@@ -1266,8 +1273,22 @@ PLACE_FLAGS = ("resume", "sample", "device", "out_dir", "export", "export_weight
 EXPERIMENTS = ("trajectory", "interpolate", "consistency", "reconstruct")
 
 
+def as_argv(config, names):
+    """A checkpoint's flags as they would be typed, so that the parser checks them, too."""
+    argv = []
+    for name in names:
+        value = config[name]
+        flag = "--" + name.replace("_", "-")
+        if isinstance(value, (list, tuple)):
+            argv += [flag, *map(str, value)]
+        elif value is not None and value is not False:
+            argv += [flag] if value is True else [f"{flag}={value}"]
+    return argv
+
+
 def parse_args(argv=None):
     """The flags, completed from the checkpoint that --resume or --sample names, and that checkpoint (or None)."""
+    argv = sys.argv[1:] if argv is None else list(argv)
     parser, unset = make_parser(), object()
     args = parser.parse_args(argv)
     marked = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(vars(args), unset)))
@@ -1293,10 +1314,8 @@ def parse_args(argv=None):
             if name in given & config.keys() and getattr(args, name) != config[name]:
                 mine, its = spell(getattr(args, name)), spell(config[name])
                 raise UsageError(f"--{name.replace('_', '-')} {mine} contradicts {its}, which {path} was trained with")
-        typed = {name: config[name] for name in inherited & config.keys()}  # numbers as text, which the parser checks again
-        parser.set_defaults(**{name: str(value) if type(value) in (int, float) else value for name, value in typed.items()})
         try:
-            args = parser.parse_args(argv)
+            args = parser.parse_args(as_argv(config, sorted(inherited & config.keys())) + argv)
         except UsageError as error:
             raise UserError(f"checkpoint {path}: its config does not fit: {error}") from error
         args.resume = args.resume and str(path)
@@ -1452,6 +1471,9 @@ def execute(args, checkpoint, run):
             ema.load_state_dict(checkpoint["ema"])
             groups = state.optimizer.state_dict()["param_groups"]
             state.optimizer.load_state_dict({"state": checkpoint["optimizer"]["state"], "param_groups": groups})
+            for parameter, moments in state.optimizer.state.items():
+                for name in ("exp_avg", "exp_avg_sq"):  # the fused kernel trusts them to lie in memory as the parameter does
+                    moments[name] = torch.empty_like(parameter).copy_(moments[name])
             checkpoint.clear()  # half a gigabyte
             run.saved = Path(args.resume).resolve()
         say(f"images    {args.dataset}: {len(train_images):,} to train on, {len(test_images):,} held out")

@@ -156,8 +156,8 @@ def changed(**parts):
     return lambda whole: {**whole, **parts}
 
 
-def with_weights(part, **weights):
-    return lambda whole: {**whole, part: {**whole[part], **weights}}
+def within(part, **entries):
+    return lambda whole: {**whole, part: {**whole[part], **entries}}
 
 
 @pytest.mark.parametrize(
@@ -170,11 +170,13 @@ def with_weights(part, **weights):
         (changed(step=-1), "-1"),
         (changed(step="many"), "many"),
         (changed(config={}), "not of this program"),
-        (lambda whole: {**whole, "config": {**whole["config"], "channels": 64}}, "does not fit"),
-        (lambda whole: {**whole, "config": {**whole["config"], "lr": "fast"}}, "--lr"),
-        (with_weights("ema", **{"conv_in.bias": torch.full((32,), torch.nan)}), "not finite"),
-        (with_weights("model", **{"conv_in.bias": torch.zeros(31)}), "does not fit"),
-        (with_weights("model", more=torch.zeros(1)), "does not fit"),
+        (within("config", channels=64), "does not fit"),
+        (within("config", lr="fast"), "--lr"),
+        (within("config", tau="cubic"), "--tau"),
+        (within("config", sample_steps=[0]), "--sample-steps"),
+        (within("ema", **{"conv_in.bias": torch.full((32,), torch.nan)}), "not finite"),
+        (within("model", **{"conv_in.bias": torch.zeros(31)}), "does not fit"),
+        (within("model", more=torch.zeros(1)), "does not fit"),
         (changed(optimizer={"state": {0: {"step": 1}}, "param_groups": []}), "not of this program"),
     ],
 )  # fmt: skip
