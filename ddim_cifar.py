@@ -130,7 +130,7 @@ class UNet(nn.Module):
 
     channels: width of the first resolution, a multiple of 32; channel_mults: width of each resolution over channels; res_blocks:
     ResBlocks per resolution (one more on the way up); attn_resolutions: sides in pixels, where attention follows each ResBlock
-    (it always does in the middle); image_size: H, divisible by 2^(len(channel_mults) - 1). ValueError for sizes that do not fit.
+    (in the middle, always the first); image_size: H, divisible by 2^(len(channel_mults) - 1). ValueError for sizes that do not fit.
     """
 
     def __init__(self, channels=128, channel_mults=(1, 2, 2, 2), res_blocks=2, attn_resolutions=(16,), dropout=0.1, image_size=32):
@@ -170,7 +170,7 @@ class UNet(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self):
-        """The official code's variance scaling, fan_avg; the last convolution of residual branches and network is zero."""
+        """DDPM's variance scaling, fan_avg; the last convolution of residual branches and network is zero."""
         for name, module in self.named_modules():
             if isinstance(module, (nn.Conv2d, nn.Linear)):
                 nn.init.xavier_uniform_(module.weight)
@@ -308,7 +308,7 @@ def ddim_encode(model, x_0, schedule, tau):
 
 
 def slerp(a, b, weight):
-    """Spherical interpolation of noises, image by image (App. D.5). a, b: [N, ...]; weight: float or [N], from 0, a, to 1, b."""
+    """Spherical interpolation of noises, image by image (App. D.5). a, b: [N, ...]; weight: float or [N]; 0 gives a, 1 gives b."""
     weight = torch.as_tensor(weight, dtype=a.dtype).to(a.device).expand(len(a)).view(-1, *[1] * (a.ndim - 1))
     norms = a.flatten(1).norm(dim=1) * b.flatten(1).norm(dim=1)
     cosine = (a.flatten(1) * b.flatten(1)).sum(1) / norms.clamp(min=torch.finfo(a.dtype).tiny)
@@ -547,7 +547,7 @@ class Stopped(BaseException):
 
 
 class Signals:
-    """Ctrl-C, SIGTERM and a closed terminal raise Stopped, at once or once nothing postpones it. A second Ctrl-C quits."""
+    """Ctrl-C, SIGTERM and a closed terminal raise Stopped, at once or as soon as it is not postponed. A second Ctrl-C quits."""
 
     received, since, postponed = 0, 0.0, False
 
@@ -825,9 +825,9 @@ def make_step(state, schedule, args, run):
 
 
 def train(state, images, held_out, schedule, args, run, preview):
-    """Take steps state.step .. epochs * iterations - 1, write log and checkpoints, call preview(epoch) after each of an epoch.
+    """Take steps state.step .. epochs * iterations - 1, write log and checkpoints, call preview(epoch) after each epoch's checkpoint.
 
-    Raises Stopped when a signal came, with ddim_model_last.pth saved, and UserError after ten bad steps in a row.
+    Raises Stopped when a signal came, with a checkpoint saved, and UserError after ten bad steps in a row.
     """
     total = args.epochs * args.iterations
     loader = make_loader(images, Order(len(images), args.batch_size, args.seed, state.step, total), run.device)
@@ -956,7 +956,7 @@ class Sampler:
         return max(1, min(2048, int(0.8 * torch.cuda.mem_get_info()[0] / per_image)))
 
     def over(self, indices, function, evaluations, desc):
-        """Yield (chunk, function(chunk)) for chunks of the indices, in order, on every process; the processes compute in turn.
+        """Yield (chunk, function(chunk)) for chunks of the indices, in order, on every process; each computes its share.
 
         function: list of indices -> tensor with a row each; evaluations: of the network, per index.
         """
@@ -1204,16 +1204,16 @@ def make_parser():
     count, share = number(int, 1), number(float, 0, 1)
 
     add = parser.add_argument_group("training").add_argument
-    add("--epochs", type=count, default=1, help="length of training, in epochs of --iterations steps")
+    add("--epochs", type=count, default=1, help="length of training from its very start, in epochs of --iterations steps")
     add("--iterations", type=count, default=1, help="optimizer steps per epoch, however long the data set")
     add("--batch-size", type=count, default=32, help="images per step, over all processes")
     add("--lr", type=number(float, 0, above=True), default=2e-4, help="Adam's learning rate")
     add("--warmup", type=number(int, 0), default=1000, help="steps of linear warm-up")
-    add("--lr-decay", type=share, default=0.0, help="share of the run, at its end, over which the rate falls to zero")
+    add("--lr-decay", type=share, default=0.0, help="last share of the run, over which the rate falls to zero")
     add("--grad-clip", type=number(float, 0, above=True), default=1.0, help="largest gradient norm")
     add("--min-snr", type=number(float, 0), default=0.0, help="weigh the loss of t by min(SNR, this) / SNR; 0: equally")
-    add("--ema-decay", type=share, default=0.9999, help="of the averaged weights, which sampling uses")
-    add("--resume", metavar="CKPT", help="go on from a checkpoint, or from the newest in --out-dir: auto")
+    add("--ema-decay", type=share, default=0.9999, help="decay of the averaged weights, which sampling uses")
+    add("--resume", metavar="CKPT", help="checkpoint to continue, with its flags; auto: the newest in --out-dir, or a new run")
     add("--save-every", type=count, default=10, help="epochs between checkpoints, held-out losses and grids")
     add("--save-minutes", type=number(float, 0), default=10.0, help="also refresh ddim_model_last.pth this often")
 
@@ -1223,25 +1223,27 @@ def make_parser():
 
     add = parser.add_argument_group("network and noise schedule (of the checkpoint with --resume and --sample)").add_argument
     add("--channels", type=count, default=128, help="width, a multiple of 32")
-    add("--channel-mults", type=count, nargs="+", metavar="M", default=[1, 2, 2, 2], help="times width, per resolution")
+    add("--channel-mults", type=count, nargs="+", metavar="M", default=[1, 2, 2, 2], help="widths, in units of --channels")
     add("--res-blocks", type=count, default=2, help="ResBlocks per resolution")
-    add("--attn-resolutions", type=count, nargs="*", metavar="R", default=[16], help="sides with attention")
+    add("--attn-resolutions", type=count, nargs="*", metavar="R", default=[16], help="sides, in pixels, with attention")
     add("--dropout", type=number(float, 0, 0.99), default=0.1, help="in each ResBlock")
-    add("--timesteps", type=number(int, 2), default=1000, help="T")
+    add("--timesteps", type=number(int, 2), default=1000, help="T, the number of noise levels")
     add("--beta-start", type=number(float, 1e-9, 0.999), default=1e-4, help="first beta")
     add("--beta-end", type=number(float, 1e-9, 0.999), default=0.02, help="last beta")
 
     add = parser.add_argument_group("sampling").add_argument
     add("--sample", metavar="CKPT", help="do not train: sample from a checkpoint, or from published weights")
     add("--num-samples", type=count, default=16, help="images")
-    add("--sample-steps", type=count, nargs="+", metavar="S", default=[50], help="steps, or a list of them to compare")
-    add("--tau", choices=TAUS, default="quadratic", help="which steps of T")
+    add(
+        "--sample-steps", type=count, nargs="+", metavar="S", default=[50], help="steps S; of a list, all are compared and the last is used"
+    )
+    add("--tau", choices=TAUS, default="quadratic", help="which of the T timesteps")
     add("--order", type=int, choices=[1, 2], default=1, help="2: second-order steps at the same cost, not plain DDIM")
     add("--eta", type=share, default=0.0, help="0: DDIM, deterministic; 1: DDPM")
     add("--clip-x0", action="store_true", help="clamp each predicted x_0 to [-1, 1]")
     add("--standardize-noise", action="store_true", help="x_T of mean 0, variance 1 in each channel: after short training")
     add("--no-ema", action="store_true", help="sample the weights themselves, not their average")
-    add("--sample-batch-size", type=count, metavar="N", help="images at a time [what memory allows]")
+    add("--sample-batch-size", type=count, metavar="N", help="images at a time [what memory allows on cuda; else 64]")
     add("--export", metavar="PATH", help="also write all images: x.npz (arr_0, uint8 [N, 32, 32, 3]) or a folder of PNGs")
     add("--export-weights", metavar="DIR", help="also write the weights as diffusers' DDIMPipeline reads them")
 
@@ -1254,7 +1256,12 @@ def make_parser():
 
     add = parser.add_argument_group("run time").add_argument
     add("--device", choices=["auto", "cuda", "mps", "cpu"], default="auto", help="auto: cuda, then mps, then cpu")
-    add("--precision", choices=["auto", "fp32", "bf16"], default="auto", help="auto: bf16 where the hardware is fast at it")
+    add(
+        "--precision",
+        choices=["auto", "fp32", "bf16"],
+        default="auto",
+        help="auto: bf16 on GPUs since Ampere and CPUs with AMX; fp32 includes TF32",
+    )
     add("--compile", choices=["auto", "on", "off"], default="auto", help="auto: on a GPU, where the run is long enough")
     add("--seed", type=number(int, 0), default=0, help="of everything random")
     add("--out-dir", metavar="DIR", default=".", help="where files go")
@@ -1413,15 +1420,16 @@ def prepare_out_dir(args, run, checkpoint_bytes):
             say(f"warning: {lack}; see --save-every", sys.stderr)
 
 
-def protect_longer_run(out_dir, total):
-    """A fresh run does not overwrite the checkpoints of a longer one."""
-    for path in sorted(out_dir.glob("ddim_model_*.pth")):
-        steps = 0
+def protect_earlier_run(out_dir, total):
+    """A fresh run overwrites neither a longer run nor one that was interrupted."""
+    steps = planned = 0
+    for path in out_dir.glob("ddim_model_*.pth"):
         with contextlib.suppress(Exception):  # whatever cannot be read is no run to lose
-            steps = torch.load(path, map_location="meta", mmap=True, weights_only=True)["step"]
-        if steps > total:
-            more = f"holds {steps:,} steps, more than this run's {total:,}"
-            raise UserError(f"{path} {more}: go on with --resume auto, or choose another --out-dir")
+            found = torch.load(path, map_location="meta", mmap=True, weights_only=True)
+            steps, planned = max((steps, planned), (found["step"], found["config"]["epochs"] * found["config"]["iterations"]))
+    if steps > total or steps < planned:
+        kind = "a longer run" if steps > total else "an interrupted run"
+        raise UserError(f"--out-dir {out_dir} holds {kind}, of {steps:,} steps: go on with --resume auto, or choose another folder")
 
 
 def get_images(args):
@@ -1457,7 +1465,7 @@ def execute(args, checkpoint, run):
     if RANK == 0:
         prepare_out_dir(args, run, 0 if args.sample else 4 * 4 * size)  # weights, averages and two moments
         if not checkpoint:
-            protect_longer_run(run.out_dir, total)
+            protect_earlier_run(run.out_dir, total)
     train_images, test_images = get_images(args) if not args.sample or args.reconstruct else (None, None)
     say(f"device    {run.device}, {run.precision}" + (f", {WORLD_SIZE} processes" if WORLD_SIZE > 1 else ""))
     say(f"network   {size:,} parameters" + (f", from {args.sample}" if args.sample else ""))

@@ -147,11 +147,15 @@ def test_help_fits_two_screens_and_shows_defaults(ddim):
         assert text in result.out
 
 
-def test_a_longer_run_is_not_overwritten(ddim, tmp_path):
-    ddim("--iterations", "3")
-    before = (tmp_path / "ddim_model_final.pth").read_bytes()
-    result = ddim("--iterations", "2")
-    assert result.code == 2 and "holds 3 steps" in result.err and (tmp_path / "ddim_model_final.pth").read_bytes() == before
+@pytest.mark.parametrize("taken, planned, kind", [(3, 3, "a longer run, of 3 steps"), (1, 3, "an interrupted run, of 1 steps")])
+def test_an_earlier_run_is_not_overwritten(ddim, tmp_path, taken, planned, kind):
+    path = tmp_path / "ddim_model_final.pth"
+    ddim("--iterations", taken)
+    saved = torch.load(path, weights_only=True)
+    torch.save({**saved, "config": {**saved["config"], "iterations": planned}}, path)
+    before = path.read_bytes()
+    result = ddim("--iterations", max(2, taken - 1))
+    assert result.code == 2 and kind in result.err and path.read_bytes() == before
 
 
 def test_a_checkpoint_is_only_replaced_by_a_complete_one(ddim, tmp_path, monkeypatch):
