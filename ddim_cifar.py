@@ -568,7 +568,7 @@ class Signals:
                     os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
         if not self.received:
             self.received, self.since = signum, time.monotonic()
-        elif signum == signal.SIGINT and time.monotonic() - self.since > 1:  # sooner it is torchrun repeating the first
+        elif signum == signal.SIGINT and ("RANK" not in os.environ or time.monotonic() - self.since > 1):  # torchrun repeats the first
             os._exit(128 + signum)
         self.postpone(self.postponed)
 
@@ -713,10 +713,10 @@ def learning_rate(n, total, peak, warmup, decay):
 
 
 @torch.no_grad()
-def update_ema(ema, model, n, decay):
-    """ema = d ema + (1 - d) model with d = min(decay, (1 + n) / (10 + n)) at update n, in one pass over the parameters."""
+def update_ema(averages, parameters, n, decay):
+    """average = d average + (1 - d) parameter with d = min(decay, (1 + n) / (10 + n)) at update n, in one pass over the lists."""
     d = min(decay, (1 + n) / (10 + n))
-    torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - d)
+    torch._foreach_lerp_(averages, parameters, 1 - d)
 
 
 def mean_finite(losses):
@@ -796,7 +796,7 @@ def make_step(state, schedule, args, run):
     draws = Draws(args.batch_size, schedule.timesteps, args.seed, device)
     snr = schedule.alphas_cumprod / (1 - schedule.alphas_cumprod)
     gamma = (snr.clamp(max=args.min_snr or math.inf) / snr).float().to(device)  # 1, or min-SNR: arXiv 2303.09556
-    parameters = list(state.model.parameters())
+    parameters, averages = list(state.model.parameters()), list(state.ema.parameters())
     network = run.compiled(state.model.train(), total - state.step)
     if WORLD_SIZE > 1:
         network = nn.parallel.DistributedDataParallel(network, gradient_as_bucket_view=True)
@@ -817,7 +817,7 @@ def make_step(state, schedule, args, run):
         state.optimizer.found_inf = (~(loss + grad_norm).isfinite()).float()  # 1: the fused kernel leaves everything as it is
         if device.type != "mps" or not state.optimizer.found_inf:  # Metal's kernel passes over found_inf in some versions
             state.optimizer.step()
-        update_ema(state.ema, state.model, state.step, args.ema_decay)
+        update_ema(averages, parameters, state.step, args.ema_decay)
         state.step += 1
         return loss, grad_norm, lr
 

@@ -1,6 +1,6 @@
 """Measure the program beside diffusers' UNet2DModel of the same weights, and beside what the hardware can do at most.
 
-    python tests/benchmark.py                                   everything; about seven minutes on two CPU cores
+    python tests/benchmark.py                                   everything; about five minutes on two CPU cores
     python tests/benchmark.py --only ab --batch-sizes 32 128    training and sampling alone, at two batch sizes
     python tests/benchmark.py --long --compile --losses 20      more rounds, compiled networks, and how well precisions agree
 

@@ -243,3 +243,16 @@ def test_a_signal_ends_the_run_with_a_checkpoint_and_the_command_that_goes_on(tm
     assert "Traceback" not in err and err.splitlines()[-1].endswith(f"--resume {tmp_path / 'ddim_model_last.pth'}")
     saved = ddim_cifar.load_checkpoint(tmp_path / "ddim_model_last.pth", "cpu")
     assert saved["step"] == int(log.read_text().splitlines()[-1].split(",")[0])
+
+
+@pytest.mark.parametrize("rank, left", [(None, [130]), ("0", [])])  # torchrun, which sets RANK, repeats the first by itself
+def test_a_second_ctrl_c_quits_at_once(monkeypatch, rank, left):
+    monkeypatch.setattr(os, "_exit", lambda code: exits.append(code))
+    monkeypatch.setenv("RANK", rank) if rank else monkeypatch.delenv("RANK", raising=False)
+    exits, before = [], signal.signal(signal.SIGINT, signal.default_int_handler)
+    with ddim_cifar.Signals() as signals:
+        signals.postpone(True)
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGINT)
+    signal.signal(signal.SIGINT, before)
+    assert exits == left
