@@ -16,7 +16,6 @@ import copy
 import functools
 import importlib.util
 import io
-import itertools
 import json
 import math
 import os
@@ -85,9 +84,7 @@ class Attention(nn.Module):
     def __init__(self, channels):
         super().__init__()
         self.group_norm = group_norm(channels)
-        self.to_q = nn.Linear(channels, channels)
-        self.to_k = nn.Linear(channels, channels)
-        self.to_v = nn.Linear(channels, channels)
+        self.to_q, self.to_k, self.to_v = (nn.Linear(channels, channels) for _ in range(3))
         self.to_out = nn.Sequential(nn.Linear(channels, channels))
 
     def forward(self, x):
@@ -121,8 +118,8 @@ class Stage(nn.Module):
         super().__init__()
         self.resnets = nn.ModuleList(ResBlock(c_in, width, c_time, dropout) for c_in in widths_in)
         self.attentions = nn.ModuleList(Attention(width) if here else nn.Identity() for here in attends)
-        for name, module in resamplers.items():
-            setattr(self, name, nn.ModuleList([module] if module else []))
+        for name, modules in resamplers.items():
+            setattr(self, name, nn.ModuleList(modules))
 
 
 class UNet(nn.Module):
@@ -130,7 +127,7 @@ class UNet(nn.Module):
 
     channels: width of the first resolution, a multiple of 32; channel_mults: width of each resolution over channels; res_blocks:
     ResBlocks per resolution (one more on the way up); attn_resolutions: sides in pixels, where attention follows each ResBlock
-    (in the middle, always the first); image_size: H, divisible by 2^(len(channel_mults) - 1). ValueError for sizes that do not fit.
+    (in the middle, always the first); image_size: H, divisible by 2^(len(channel_mults) - 1). ValueError if sizes do not fit.
     """
 
     def __init__(self, channels=128, channel_mults=(1, 2, 2, 2), res_blocks=2, attn_resolutions=(16,), dropout=0.1, image_size=32):
@@ -140,8 +137,7 @@ class UNet(nn.Module):
         resolutions = [image_size >> level for level in range(len(channel_mults))]
         if image_size % (1 << len(resolutions) - 1) or not set(attn_resolutions) <= set(resolutions):
             raise ValueError(f"image_size {image_size} allows resolutions {resolutions}, attention at {list(attn_resolutions)}")
-        widths = [channels * mult for mult in channel_mults]
-        levels = [(width, side in attn_resolutions) for width, side in zip(widths, resolutions)]
+        levels = [(channels * mult, side in attn_resolutions) for mult, side in zip(channel_mults, resolutions)]
         c_time = 4 * channels
         self.channels = channels
         self.time_embedding = nn.ModuleDict({"linear_1": nn.Linear(channels, c_time), "linear_2": nn.Linear(c_time, c_time)})
@@ -149,12 +145,11 @@ class UNet(nn.Module):
 
         self.down_blocks = nn.ModuleList()
         skips = [channels]
-        for level, (width, attends) in enumerate(levels):
-            deepest = level == len(levels) - 1
+        for level, (width, attends) in enumerate(levels, 1):
             inputs = [skips[-1]] + [width] * (res_blocks - 1)
-            down = None if deepest else Downsample(width)
+            down = [Downsample(width)] if level < len(levels) else []
             self.down_blocks.append(Stage(inputs, width, c_time, dropout, [attends] * res_blocks, downsamplers=down))
-            skips += [width] * (res_blocks if deepest else res_blocks + 1)
+            skips += [width] * (res_blocks + len(down))
 
         self.mid_block = Stage([width, width], width, c_time, dropout, [True, False])
 
@@ -162,20 +157,17 @@ class UNet(nn.Module):
         for level, (width_up, attends) in reversed(list(enumerate(levels))):
             inputs = [c_in + skips.pop() for c_in in [width] + [width_up] * res_blocks]
             width = width_up
-            up = Upsample(width) if level else None
+            up = [Upsample(width)] if level else []
             self.up_blocks.append(Stage(inputs, width, c_time, dropout, [attends] * (res_blocks + 1), upsamplers=up))
 
         self.conv_norm_out = group_norm(width)
         self.conv_out = nn.Conv2d(width, 3, 3, padding=1)
-        self.reset_parameters()
 
-    def reset_parameters(self):
-        """DDPM's variance scaling, fan_avg; the last convolution of residual branches and network is zero."""
-        for name, module in self.named_modules():
+        for name, module in self.named_modules():  # DDPM's variance scaling, fan_avg
             if isinstance(module, (nn.Conv2d, nn.Linear)):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
-                if name.endswith(("conv2", "to_out.0", "conv_out")):
+                if name.endswith(("conv2", "to_out.0", "conv_out")):  # the last of each residual branch, and of the network
                     nn.init.zeros_(module.weight)
 
     def forward(self, x, t):
@@ -216,6 +208,9 @@ class NoiseSchedule:
         """alphas_cumprod as a Python float; t = -1 is the clean image, alpha 1."""
         return float(self.alphas_cumprod[t]) if t >= 0 else 1.0
 
+    def sigma(self, t):  # of Eq. 14: x_t / sqrt(alpha) = x_0 + sigma eps
+        return math.sqrt((1 - self.alpha(t)) / self.alpha(t))
+
     @functools.lru_cache(maxsize=4)  # noqa: B019 (a schedule lives as long as its program)
     def scales(self, device, dtype):
         alphas = self.alphas_cumprod
@@ -254,10 +249,6 @@ def ddim_timesteps(timesteps, steps, tau, schedule=None):
     return np.minimum(distinct, timesteps - steps + i).tolist()  # ... that leaves room for those to come
 
 
-def _sigma(alpha):
-    return math.sqrt((1 - alpha) / alpha)  # of Eq. 14: x_t / sqrt(alpha) = x_0 + sigma eps
-
-
 @torch.inference_mode()
 def ddim_sample(model, x_T, schedule, tau, eta=0.0, *, order=1, clip_x0=False, noise=None, on_step=None):
     """Walk from x_T to x_0 along tau (Eq. 12). Deterministic for eta = 0; eta = 1 has the variance of DDPM (Eq. 16).
@@ -275,7 +266,7 @@ def ddim_sample(model, x_T, schedule, tau, eta=0.0, *, order=1, clip_x0=False, n
         alpha, alpha_prev = schedule.alpha(t), schedule.alpha(t_prev)
         eps = model(x_t, x_t.new_full((len(x_t),), t, dtype=torch.int64)).to(x_t.dtype)
         if order == 2:  # Adams-Bashforth for d(x_t / sqrt(alpha_t)) = eps d sigma, Eq. 14
-            now = eps, _sigma(alpha_prev) - _sigma(alpha)
+            now = eps, schedule.sigma(t_prev) - schedule.sigma(t)
             eps = eps + now[1] / (2 * before[1]) * (eps - before[0]) if before else eps
             before = now
         x_0 = (x_t - math.sqrt(1 - alpha) * eps) / math.sqrt(alpha)  # Eq. 9
@@ -301,14 +292,13 @@ def ddim_encode(model, x_0, schedule, tau):
     x_t = x_0
     for t, t_next in zip([-1, *tau[:-1]], tau):
         alpha, alpha_next = schedule.alpha(t), schedule.alpha(t_next)
-        asked = max(t, tau[0])
-        eps = model(x_t, x_t.new_full((len(x_t),), asked, dtype=torch.int64)).to(x_t.dtype)
-        x_t = math.sqrt(alpha_next) * (x_t / math.sqrt(alpha) + (_sigma(alpha_next) - _sigma(alpha)) * eps)
+        eps = model(x_t, x_t.new_full((len(x_t),), max(t, tau[0]), dtype=torch.int64)).to(x_t.dtype)
+        x_t = math.sqrt(alpha_next) * (x_t / math.sqrt(alpha) + (schedule.sigma(t_next) - schedule.sigma(t)) * eps)
     return x_t
 
 
 def slerp(a, b, weight):
-    """Spherical interpolation of noises, image by image (App. D.5). a, b: [N, ...]; weight: float or [N]; 0 gives a, 1 gives b."""
+    """Spherical interpolation of noises, per image (App. D.5). a, b: [N, ...]; weight: float or [N]; 0 gives a, 1 gives b."""
     weight = torch.as_tensor(weight, dtype=a.dtype).to(a.device).expand(len(a)).view(-1, *[1] * (a.ndim - 1))
     norms = a.flatten(1).norm(dim=1) * b.flatten(1).norm(dim=1)
     cosine = (a.flatten(1) * b.flatten(1)).sum(1) / norms.clamp(min=torch.finfo(a.dtype).tiny)
@@ -328,14 +318,11 @@ HELD_OUT = 256  # images of the held-out loss
 CIFAR10_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"
 RANK, LOCAL_RANK = (int(os.environ.get(name, 0)) for name in ("RANK", "LOCAL_RANK"))  # this process, of those torchrun started
 WORLD_SIZE, LOCAL_WORLD_SIZE = (int(os.environ.get(name, 1)) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
+rng = np.random.default_rng  # of a tuple: seed, what for, position
 
 
 class UserError(Exception):
     """A mistake or a misfortune that one line explains."""
-
-    def __init__(self, text, exit_code=2):
-        super().__init__(text)
-        self.exit_code = exit_code
 
 
 class Offline(UserError):
@@ -351,10 +338,6 @@ def say(text, file=None):
 
 def progress(items=None, **options):
     return tqdm(items, disable=RANK > 0 or None, dynamic_ncols=True, **options)  # None: silent when stderr is no terminal
-
-
-def rng(*key):
-    return np.random.default_rng(key)
 
 
 def torch_seed(*key):
@@ -375,8 +358,7 @@ def load_images(dataset, data_dir):
 
 def open_cifar10(data_dir):
     """torchvision's train and test splits, downloaded if they are not in data_dir, md5-checked either way."""
-    from torchvision.datasets import CIFAR10  # here, because the import takes a second that other data sets need not wait for
-    from torchvision.datasets.utils import calculate_md5
+    from torchvision.datasets import CIFAR10, utils  # here: the import takes a second that other data sets need not wait for
 
     with contextlib.suppress(RuntimeError):  # torchvision's word for "not there, or not whole"
         return [CIFAR10(data_dir, train) for train in (True, False)]
@@ -391,12 +373,12 @@ def open_cifar10(data_dir):
         reason = getattr(error, "reason", error)
     finally:
         socket.setdefaulttimeout(timeout)
-        if archive.is_file() and not found_here and calculate_md5(archive) != CIFAR10.tgz_md5:
+        if archive.is_file() and not found_here and utils.calculate_md5(archive) != CIFAR10.tgz_md5:
             archive.unlink()  # a download that broke off
     parts = [*CIFAR10.train_list, *CIFAR10.test_list, (CIFAR10.meta["filename"], CIFAR10.meta["md5"])]
     known = {archive: CIFAR10.tgz_md5} | {Path(data_dir, CIFAR10.base_folder, name): md5 for name, md5 in parts}
     for file, md5 in known.items():
-        if file.is_file() and (found := calculate_md5(file)) != md5:
+        if file.is_file() and (found := utils.calculate_md5(file)) != md5:
             raise UserError(f"{file} is corrupt or cut short: its md5 is {found}, the right one {md5}; delete it, fetch it again")
     raise Offline(
         f"CIFAR-10 is not in {Path(data_dir).resolve()} and could not be downloaded ({reason}). Fetch {CIFAR10_URL} "
@@ -424,8 +406,8 @@ def read_folder(folder):
             say(f"warning: skipped {path}: {error}", sys.stderr)
 
     with ThreadPoolExecutor() as pool:
-        images = list(progress(pool.map(read, files), total=len(files), desc="reading", unit="image"))
-        images = [image for image in images if image is not None]
+        arrays = progress(pool.map(read, files), total=len(files), desc="reading", unit="image")
+        images = [array for array in arrays if array is not None]
     if not images:
         what = f"none of its {len(files)} image files can be read" if files else "it holds no image files"
         what = what if folder.is_dir() else "no such folder"
@@ -435,7 +417,7 @@ def read_folder(folder):
 
 def draw_shapes(count, seed):
     """Discs, squares and diamonds of any colour on shaded grounds: easy to learn, easy to judge."""
-    draw = rng(seed)
+    draw = rng((seed,))
     kind = torch.from_numpy(draw.integers(3, size=(count, 1, 1)))
 
     def uniform(low, high, *shape):
@@ -452,15 +434,12 @@ def draw_shapes(count, seed):
 
 
 class Order:
-    """Which images step n of training sees, for n = first .. last-1: a slice of an endless chain of permutations, one per pass.
-
-    Yields the indices of this process's share of the global batch.
-    """
+    """For each step first .. last-1, this process's share of indices, from an endless chain of permutations, one per pass."""
 
     def __init__(self, count, batch_size, seed, first, last, rank=RANK, world_size=WORLD_SIZE):
         self.count, self.batch_size, self.steps = count, batch_size, range(first, last)
         self.share = slice(rank * batch_size // world_size, (rank + 1) * batch_size // world_size)
-        self.permutation = functools.lru_cache(maxsize=2)(lambda number: rng(seed, 0, number).permutation(count))
+        self.permutation = functools.lru_cache(maxsize=2)(lambda number: rng((seed, 0, number)).permutation(count))
 
     def __iter__(self):
         for n in self.steps:
@@ -492,7 +471,7 @@ class Draws:
         on = {"generator": self.generator, "device": self.device}
         flip = torch.rand(self.batch_size, 1, 1, 1, **on) < 0.5
         strata = torch.arange(self.batch_size, device=self.device) * self.timesteps // self.batch_size
-        t = (strata + torch.randint(self.timesteps, (1,), **on)) % self.timesteps  # each uniform, a batch evenly spread: arXiv 2107.00630
+        t = (strata + torch.randint(self.timesteps, (1,), **on)) % self.timesteps  # uniform each, evenly spread: arXiv 2107.00630
         eps = torch.randn(self.batch_size, 3, SIZE, SIZE, **on)
         return flip[self.share], t[self.share], eps[self.share]
 
@@ -568,7 +547,7 @@ class Signals:
                     os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
         if not self.received:
             self.received, self.since = signum, time.monotonic()
-        elif signum == signal.SIGINT and ("RANK" not in os.environ or time.monotonic() - self.since > 1):  # torchrun repeats the first
+        elif signum == signal.SIGINT and ("RANK" not in os.environ or time.monotonic() - self.since > 1):  # torchrun repeats it
             os._exit(128 + signum)
         self.postpone(self.postponed)
 
@@ -578,15 +557,17 @@ class Signals:
             raise Stopped(self.received)
 
 
-@contextlib.contextmanager
-def atomic(path):
-    """A binary file that appears under its name complete and on disk, or not at all."""
+def write_atomically(path, content):
+    """A text, or what content(file) writes: a file complete and on disk, or none at all. Only the first process writes."""
+    if RANK > 0:
+        return
     path = Path(path)
     temporary = path.with_name(path.name + ".tmp")
+    write = content if callable(content) else lambda file: file.write(content.encode())
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
-            yield file
+            write(file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -619,8 +600,7 @@ SCHEDULE_FLAGS = ("timesteps", "beta_start", "beta_end")
 def save_checkpoint(path, state, config):
     """Tensors and plain values only, so that torch.load(weights_only=True) reads it."""
     parts = {"model": state.model.state_dict(), "ema": state.ema.state_dict(), "optimizer": state.optimizer.state_dict()}
-    with atomic(path) as file:
-        torch.save({"format": FORMAT, "config": config, "step": state.step, **parts}, file)
+    write_atomically(path, lambda file: torch.save({"format": FORMAT, "config": config, "step": state.step, **parts}, file))
 
 
 def load_checkpoint(path, device):
@@ -706,36 +686,20 @@ def from_published(weights):
     return {"format": FORMAT, "config": config, "ema": weights}
 
 
-def learning_rate(n, total, peak, warmup, decay):
-    """Linear warm-up over `warmup` steps, then constant, or to zero over the last share `decay` of the run."""
-    remaining = (total - n) / max(1, decay * total)
-    return peak * min(1.0, (n + 1) / max(1, warmup), remaining if decay else 1.0)
-
-
-@torch.no_grad()
-def update_ema(averages, parameters, n, decay):
-    """average = d average + (1 - d) parameter with d = min(decay, (1 + n) / (10 + n)) at update n, in one pass over the lists."""
-    d = min(decay, (1 + n) / (10 + n))
-    torch._foreach_lerp_(averages, parameters, 1 - d)
-
-
 def mean_finite(losses):
     finite = [loss for loss in losses if math.isfinite(loss)]
     return sum(finite) / len(finite) if finite else math.nan
-
-
-LOG_COLUMNS = ["step", "epoch", "loss", "val_loss", "lr", "grad_norm", "images_per_s", "seconds"]
 
 
 def open_log(path, step):
     """ddim_log.csv, open for more rows, and the seconds in it; rows behind `step`, where a run resumes, are dropped."""
     if RANK > 0:
         return open(os.devnull, "w"), 0.0
+    header = ["step", "epoch", "loss", "val_loss", "lr", "grad_norm", "images_per_s", "seconds"]
     rows = [line.split(",") for line in path.read_text(errors="replace").splitlines()] if step and path.is_file() else []
-    whole = [row for row in rows if len(row) == len(LOG_COLUMNS) and row[0].isdigit() and row[-1][-1:].isdigit()]
+    whole = [row for row in rows if len(row) == len(header) and row[0].isdigit() and row[-1][-1:].isdigit()]
     kept = [row for row in whole if int(row[0]) <= step]
-    with atomic(path) as file:
-        file.write("".join(",".join(row) + "\n" for row in [LOG_COLUMNS, *kept]).encode())
+    write_atomically(path, "".join(",".join(row) + "\n" for row in [header, *kept]))
     return open(path, "a", newline="\n", buffering=1), float(kept[-1][-1]) if kept else 0.0
 
 
@@ -771,23 +735,18 @@ def choose_precision(asked, device):
     return asked if asked != "auto" else "bf16" if fast else "fp32"
 
 
-def held_out_batches(images, schedule, device):
-    """Fixed (x_t, t, eps), evenly spread in t: their loss falls while the training loss, noisy by nature, looks flat."""
-    images = images[:HELD_OUT].to(device)
-    t = torch.arange(len(images), device=device) * schedule.timesteps // len(images)
-    eps = torch.from_numpy(rng(0, 3).standard_normal(images.shape, dtype=np.float32)).to(device)
-    x_t = schedule.add_noise(to_float(images), eps, t).contiguous(memory_format=torch.channels_last)
-    return list(zip(x_t.split(32), t.split(32), eps.split(32)))
-
-
 @torch.inference_mode()
-def held_out_loss(model, batches, run):
-    total = torch.zeros((), device=run.device)
-    for x_t, t, eps in batches[RANK::WORLD_SIZE]:
+def held_out_loss(model, images, schedule, run):
+    """The loss for fixed eps and t, evenly spread: it falls while the training loss, noisy by nature, looks flat."""
+    x_0, total = to_float(images[:HELD_OUT].to(run.device)), torch.zeros((), device=run.device)
+    t = torch.arange(len(x_0), device=run.device) * schedule.timesteps // len(x_0)
+    eps = torch.from_numpy(rng((0, 3)).standard_normal(x_0.shape, dtype=np.float32)).to(run.device)
+    x_t = schedule.add_noise(x_0, eps, t).contiguous(memory_format=torch.channels_last)
+    for batch, times, noise in list(zip(x_t.split(32), t.split(32), eps.split(32)))[RANK::WORLD_SIZE]:
         with run.autocast():
-            predicted = model(x_t, t)
-        total += (predicted.float() - eps).square().sum()
-    return float(sum_over_processes(total)) / sum(eps.numel() for _, _, eps in batches)
+            predicted = model(batch, times)
+        total += (predicted.float() - noise).square().sum()
+    return float(sum_over_processes(total)) / eps.numel()
 
 
 def make_step(state, schedule, args, run):
@@ -802,7 +761,8 @@ def make_step(state, schedule, args, run):
         network = nn.parallel.DistributedDataParallel(network, gradient_as_bucket_view=True)
 
     def step(batch):  # nothing in here waits for the device
-        flip, t, eps = draws(state.step)
+        n = state.step
+        flip, t, eps = draws(n)
         x_0 = to_float(batch.to(device, non_blocking=True))
         x_t = schedule.add_noise(torch.where(flip, x_0.flip(3), x_0), eps, t)
         with run.autocast():
@@ -812,12 +772,15 @@ def make_step(state, schedule, args, run):
         loss.backward()
         grad_norm = nn.utils.clip_grad_norm_(parameters, args.grad_clip)
         loss = sum_over_processes(loss.detach()) / WORLD_SIZE
-        lr = learning_rate(state.step, total, args.lr, args.warmup, args.lr_decay)
+        to_zero = (total - n) / max(1, args.lr_decay * total) if args.lr_decay else 1.0
+        lr = args.lr * min(1.0, (n + 1) / max(1, args.warmup), to_zero)  # linear warm-up, constant, linear decay
         state.optimizer.param_groups[0]["lr"] = lr
         state.optimizer.found_inf = (~(loss + grad_norm).isfinite()).float()  # 1: the fused kernel leaves everything as it is
         if device.type != "mps" or not state.optimizer.found_inf:  # Metal's kernel passes over found_inf in some versions
             state.optimizer.step()
-        update_ema(averages, parameters, state.step, args.ema_decay)
+        with torch.no_grad():  # average = d average + (1 - d) parameter
+            d = min(args.ema_decay, (1 + n) / (10 + n))
+            torch._foreach_lerp_(averages, parameters, 1 - d)
         state.step += 1
         return loss, grad_norm, lr
 
@@ -827,17 +790,15 @@ def make_step(state, schedule, args, run):
 def train(state, images, held_out, schedule, args, run, preview):
     """Take steps state.step .. epochs * iterations - 1, write log and checkpoints, call preview(epoch) after each epoch's checkpoint.
 
-    Raises Stopped when a signal came, with a checkpoint saved, and UserError after ten bad steps in a row.
+    Raises Stopped when a signal came, with a checkpoint saved, and FloatingPointError after ten bad steps in a row.
     """
     total = args.epochs * args.iterations
     loader = make_loader(images, Order(len(images), args.batch_size, args.seed, state.step, total), run.device)
-    fixed = held_out_batches(held_out, schedule, run.device)
     step = make_step(state, schedule, args, run)
 
     def save(name):
         nonlocal last_save
-        if RANK == 0:
-            save_checkpoint(run.out_dir / name, state, vars(args))
+        save_checkpoint(run.out_dir / name, state, vars(args))
         say(f"saved {run.out_dir / name}")
         run.saved, last_save = run.out_dir / name, time.monotonic()
 
@@ -856,8 +817,8 @@ def train(state, images, held_out, schedule, args, run, preview):
             read = torch.stack([torch.stack(entry[:2]) for entry in pending]).tolist()
             each = (time.monotonic() - clock) / len(pending)
             periodic = not rest and epoch % args.save_every == 0
-            val_loss = held_out_loss(state.ema, fixed, run) if periodic or state.step == total else ""
-            for n, (loss, grad_norm), (_, _, lr) in zip(itertools.count(state.step - len(pending) + 1), read, pending):
+            val_loss = held_out_loss(state.ema, held_out, schedule, run) if periodic or state.step == total else ""
+            for n, ((loss, grad_norm), (_, _, lr)) in enumerate(zip(read, pending), state.step - len(pending) + 1):
                 seconds += each
                 taken = val_loss if n == state.step else ""
                 row = [n, (n - 1) // args.iterations + 1, loss, taken, lr, grad_norm, args.batch_size / each, seconds]
@@ -871,7 +832,7 @@ def train(state, images, held_out, schedule, args, run, preview):
             pending.clear()
             if bad >= 10:
                 good = f"The last good checkpoint is {run.saved}" if run.saved else "No checkpoint had been saved"
-                raise UserError(f"10 steps in a row without a finite loss or gradient; try a lower --lr. {good}", exit_code=1)
+                raise FloatingPointError(f"10 steps in a row without a finite loss or gradient; try a lower --lr. {good}")
             if not rest:
                 line = f"epoch {epoch}/{args.epochs}  step {state.step:,}  loss {mean_finite(losses):.4f}"
                 line += f"  held-out loss {val_loss:.4f}" if val_loss != "" else ""
@@ -921,7 +882,7 @@ class Sampler:
         return eps
 
     def noise(self, indices):
-        x_T = self.normal([rng(self.args.seed, 4, i) for i in indices])
+        x_T = self.normal([rng((self.args.seed, 4, i)) for i in indices])
         if self.args.standardize_noise:
             x_T = (x_T - x_T.mean((2, 3), keepdim=True)) / x_T.std((2, 3), keepdim=True)
         return x_T
@@ -934,11 +895,10 @@ class Sampler:
         return ddim_timesteps(self.schedule.timesteps, steps, self.args.tau, self.schedule)
 
     def sample(self, indices, steps, x_T=None, **options):
-        args = self.args
         x_T = self.noise(indices) if x_T is None else x_T
-        generators = [rng(args.seed, 5, i) for i in indices] if args.eta else []
-        options |= {"order": args.order, "clip_x0": args.clip_x0, "noise": lambda: self.normal(generators)}
-        return ddim_sample(self.eps, x_T, self.schedule, self.tau(steps), args.eta, **options)
+        generators = [rng((self.args.seed, 5, i)) for i in indices] if self.args.eta else []
+        options |= {"order": self.args.order, "clip_x0": self.args.clip_x0, "noise": lambda: self.normal(generators)}
+        return ddim_sample(self.eps, x_T, self.schedule, self.tau(steps), self.args.eta, **options)
 
     @torch.inference_mode()
     def batch_size(self):
@@ -956,14 +916,11 @@ class Sampler:
         return max(1, min(2048, int(0.8 * torch.cuda.mem_get_info()[0] / per_image)))
 
     def over(self, indices, function, evaluations, desc):
-        """Yield (chunk, function(chunk)) for chunks of the indices, in order, on every process; each computes its share.
-
-        function: list of indices -> tensor with a row each; evaluations: of the network, per index.
-        """
+        """Yield (chunk, function(chunk), of a row per index) for chunks of the indices, in order; processes share the work."""
         count = math.ceil(len(indices) / (min(gather(self.batch_size())) * WORLD_SIZE)) * WORLD_SIZE
         chunks = [chunk.tolist() for chunk in np.array_split(np.asarray(indices), max(1, count)) if len(chunk)]
         plain = "{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}"
-        with progress(total=len(indices) * evaluations, desc=desc, bar_format=plain) as self.bar:
+        with progress(total=len(indices) * evaluations, desc=desc, bar_format=plain) as self.bar:  # evaluations per index
             for first in range(0, len(chunks), WORLD_SIZE):
                 turn = chunks[first : first + WORLD_SIZE]
                 mine = self.halving(function, turn[RANK], len(chunks[0])) if len(turn) > RANK else None
@@ -986,7 +943,7 @@ class Sampler:
 
 
 def bf16_layers(model):
-    """A copy whose convolutions and linear layers hold bfloat16: the same values under autocast, which need not round them each time."""
+    """A copy whose convolutions and linear layers hold the bfloat16 values to which autocast would round them each time."""
     model = copy.deepcopy(model)
     for layer in model.modules():
         if isinstance(layer, (nn.Conv2d, nn.Linear)):
@@ -1018,22 +975,18 @@ def draw_grid(images, columns=None, row_labels=(), column_labels=(), scale=None)
 
 def save_grid(images, path, **layout):
     """Write a grid as PNG. images: uint8 [N, 3, H, W]."""
-    with atomic(path) as file:
-        draw_grid(images, **layout).save(file, "PNG")
+    write_atomically(path, lambda file: draw_grid(images, **layout).save(file, "PNG"))
     say(f"wrote {path}")
 
 
-def save_samples(sampler, path, export=None):
+def save_samples(sampler, path, count, export=None):
     """The grid of the first 256; and all: an .npz, complete or absent, or a folder of PNGs, which goes on where it stopped."""
-    count, steps = sampler.args.num_samples, sampler.args.sample_steps[-1]
-    export = Path(export).resolve() if export else None
+    steps, export = sampler.args.sample_steps[-1], Path(export).resolve() if export else None
     folder = export if export and export.suffix != ".npz" else None
     kept = np.zeros((count if export and not folder else min(count, 256), SIZE, SIZE, 3), np.uint8)
     todo = range(count if export else len(kept))
     if folder:
-        if RANK == 0:
-            prepare_folder(folder, sampler)
-        todo = gather([i for i in todo if not (folder / f"{i:05d}.png").exists()])[0]
+        todo = gather(prepare_folder(folder, sampler, count) if RANK == 0 else None)[0]
 
     def keep(chunk, images):
         for i, image in zip(chunk, images.permute(0, 2, 3, 1).numpy()):
@@ -1057,15 +1010,14 @@ def save_samples(sampler, path, export=None):
     for i in set(range(len(kept))) - set(todo):  # drawn by the run that was stopped
         kept[i] = np.asarray(Image.open(folder / f"{i:05d}.png"))
     if export and not folder:
-        with atomic(export) as file:
-            np.savez(file, kept)
+        write_atomically(export, lambda file: np.savez(file, kept))
     if export:
         say(f"wrote {count:,} images to {export}")
     save_grid(torch.from_numpy(kept[:256]).permute(0, 3, 1, 2), path)
 
 
-def prepare_folder(folder, sampler):
-    """The folder holds images of one origin only, which a hidden file in it states, and no more of them than asked for."""
+def prepare_folder(folder, sampler, count):
+    """The folder holds images of one origin, which a hidden file states, and no more than asked for; returns those it lacks."""
     note, weights = folder / ".origin.json", sampler.model.state_dict().values()
     names = ("seed", "sample_steps", "tau", "order", "eta", "clip_x0", "standardize_noise", *SCHEDULE_FLAGS)
     flags = {name: getattr(sampler.args, name) for name in names}
@@ -1074,12 +1026,12 @@ def prepare_folder(folder, sampler):
     folder.mkdir(parents=True, exist_ok=True)
     present = {entry.name for entry in folder.iterdir()} - {"unfinished.tmp", f"{note.name}.tmp"}  # of a run that was killed
     known = note.read_text(errors="replace") if note.name in present else None
-    wanted = {f"{i:05d}.png" for i in range(sampler.args.num_samples)}
-    if (present and known != origin) or present - wanted - {note.name}:
+    wanted = {f"{i:05d}.png": i for i in range(count)}
+    if (present and known != origin) or present - wanted.keys() - {note.name}:
         raise UserError(f"--export {folder}: it holds other files, or images of other weights or settings; choose another")
     (folder / "unfinished.tmp").unlink(missing_ok=True)
-    with atomic(note) as file:
-        file.write(origin.encode())
+    write_atomically(note, origin)
+    return [i for name, i in wanted.items() if name not in present]
 
 
 def trajectory(sampler, out_dir):
@@ -1093,16 +1045,15 @@ def trajectory(sampler, out_dir):
         return torch.stack(seen, dim=1)
 
     films = sampler.all(count, frames, steps, "trajectory")  # [count, 1 + steps, 3, 32, 32]
-    if RANK == 0:
-        labels = ["x_T"] + [f"t={t}" for t in reversed(sampler.tau(steps))]
-        chosen = np.linspace(0, steps, min(11, steps + 1)).round().astype(int).tolist()
-        rows = films[:8, chosen].flatten(0, 1)
-        save_grid(rows, out_dir / "ddim_trajectory.png", columns=len(chosen), column_labels=[labels[i] for i in chosen])
-        sheets = [draw_grid(films[:, i], scale=2) for i in np.linspace(0, steps, min(26, steps + 1)).round().astype(int)]
-        with atomic(out_dir / "ddim_trajectory.gif") as file:
-            timing = {"duration": [120] * (len(sheets) - 1) + [2000], "loop": 0}
-            sheets[0].save(file, "GIF", save_all=True, append_images=sheets[1:], **timing)
-        say(f"wrote {out_dir / 'ddim_trajectory.gif'}")
+    labels = ["x_T"] + [f"t={t}" for t in reversed(sampler.tau(steps))]
+    chosen = np.linspace(0, steps, min(11, steps + 1)).round().astype(int).tolist()
+    rows = films[:8, chosen].flatten(0, 1)
+    save_grid(rows, out_dir / "ddim_trajectory.png", columns=len(chosen), column_labels=[labels[i] for i in chosen])
+    sheets = [draw_grid(films[:, i], scale=2) for i in np.linspace(0, steps, min(26, steps + 1)).round().astype(int)]
+    timing = {"duration": [120] * (len(sheets) - 1) + [2000], "loop": 0}
+    film = functools.partial(sheets[0].save, format="GIF", save_all=True, append_images=sheets[1:], **timing)
+    write_atomically(out_dir / "ddim_trajectory.gif", film)
+    say(f"wrote {out_dir / 'ddim_trajectory.gif'}")
 
 
 def interpolation(sampler, out_dir, columns=11):
@@ -1115,30 +1066,27 @@ def interpolation(sampler, out_dir, columns=11):
         return to_uint8(sampler.sample(indices, steps, x_T))
 
     images = sampler.all(pairs * columns, between, steps, "interpolation")
-    if RANK == 0:
-        labels = [f"{column / (columns - 1):.1f}" for column in range(columns)]
-        save_grid(images, out_dir / "ddim_interpolation.png", columns=columns, column_labels=labels)
+    labels = [f"{column / (columns - 1):.1f}" for column in range(columns)]
+    save_grid(images, out_dir / "ddim_interpolation.png", columns=columns, column_labels=labels)
 
 
 def consistency(sampler, out_dir):
     """The same x_T at several S (Sec. 5.2): a row per image, a column per S; and how far each S ends from the last, on [0, 1]."""
     count, lengths = min(256, sampler.args.num_samples), sampler.args.compared_steps
     columns = [sampler.all(count, lambda chunk, S=S: sampler.sample(chunk, S).clamp(-1, 1), S, f"S = {S}") for S in lengths]
-    if RANK == 0:
-        images = to_uint8(torch.stack([column[:8] for column in columns], dim=1)).flatten(0, 1)
-        save_grid(images, out_dir / "ddim_consistency.png", columns=len(lengths), column_labels=[f"S={S}" for S in lengths])
-        rows = [(S, ((column - columns[-1]) / 2).square().mean().item()) for S, column in zip(lengths, columns)]  # on [0, 1]
-        say(f"Mean squared distance of {count:,} images to those at S = {lengths[-1]}, per dimension on [0, 1]:")
-        save_table(out_dir / "ddim_consistency.csv", ("steps", "distance"), rows)
-
-
-PAPER_RECONSTRUCTION = {10: 0.014, 20: 0.0065, 50: 0.0023, 100: 0.0009, 200: 0.0004, 500: 0.0001, 1000: 0.0001}  # Table 2
+    images = to_uint8(torch.stack([column[:8] for column in columns], dim=1)).flatten(0, 1)
+    save_grid(images, out_dir / "ddim_consistency.png", columns=len(lengths), column_labels=[f"S={S}" for S in lengths])
+    rows = [(S, ((column - columns[-1]) / 2).square().mean().item()) for S, column in zip(lengths, columns)]  # on [0, 1]
+    say(f"Mean squared distance of {count:,} images to those at S = {lengths[-1]}, per dimension on [0, 1]:")
+    save_table(out_dir / "ddim_consistency.csv", ("steps", "distance"), rows)
 
 
 def reconstruction(sampler, out_dir, test_images):
     """Encode test images in S steps, decode them in S steps: a picture, and the error on [0, 1] of Table 2."""
     count = min(len(test_images), sampler.args.num_samples)
-    images, rows, labels = [test_images[:16]], [], ["original"]
+    shown = min(16, count)
+    paper = {10: 0.014, 20: 0.0065, 50: 0.0023, 100: 0.0009, 200: 0.0004, 500: 0.0001, 1000: 0.0001}  # Table 2
+    images, rows, labels = [test_images[:shown]], [], ["original"]
     for S in sampler.args.compared_steps:
 
         def there_and_back(indices, S=S):
@@ -1147,27 +1095,28 @@ def reconstruction(sampler, out_dir, test_images):
 
         decoded = sampler.all(count, there_and_back, 2 * S, f"reconstruction, S = {S}")
         error = ((decoded - to_float(test_images[:count])) / 2).square().mean().item()  # on [0, 1]
-        rows.append((S, error, PAPER_RECONSTRUCTION.get(S, "")))
-        images.append(to_uint8(decoded[:16]))
+        rows.append((S, error, paper.get(S, "")))
+        images.append(to_uint8(decoded[:shown]))
         labels.append(f"S={S}")
-    if RANK == 0:
-        columns = min(16, count)
-        picture = torch.cat([row[:columns] for row in images])
-        save_grid(picture, out_dir / "ddim_reconstruction.png", columns=columns, row_labels=labels)
-        say(f"Mean squared error of {count:,} reconstructed test images, per dimension on [0, 1], beside the paper's (Table 2):")
-        save_table(out_dir / "ddim_reconstruction.csv", ("steps", "error", "paper"), rows)
+    save_grid(torch.cat(images), out_dir / "ddim_reconstruction.png", columns=shown, row_labels=labels)
+    say(f"Mean squared error of {count:,} reconstructed test images, per dimension on [0, 1], beside the paper's (Table 2):")
+    save_table(out_dir / "ddim_reconstruction.csv", ("steps", "error", "paper"), rows)
 
 
 def save_table(path, header, rows):
     """Show a table, and write it as CSV."""
     rows = [[f"{cell:.4g}" if isinstance(cell, float) else str(cell) for cell in row] for row in (header, *rows)]
     say("\n".join("".join(f"{cell:>12}" for cell in row) for row in rows))
-    with atomic(path) as file:
-        file.write("".join(",".join(row) + "\n" for row in rows).encode())
+    write_atomically(path, "".join(",".join(row) + "\n" for row in rows))
     say(f"wrote {path}")
 
 
 # ---- Command ---------------------------------------------------------------------------------------------------------
+
+TRAINING_FLAGS = ("epochs", "iterations", "batch_size", "lr", "warmup", "lr_decay", "grad_clip", "min_snr", "ema_decay")
+TRAINING_FLAGS += ("save_every", "save_minutes")
+PLACE_FLAGS = ("resume", "sample", "device", "out_dir", "export", "export_weights")  # of this run, not of the model
+EXPERIMENTS = ("trajectory", "interpolate", "consistency", "reconstruct")
 
 
 class UsageError(UserError):
@@ -1234,9 +1183,8 @@ def make_parser():
     add = parser.add_argument_group("sampling").add_argument
     add("--sample", metavar="CKPT", help="do not train: sample from a checkpoint, or from published weights")
     add("--num-samples", type=count, default=16, help="images")
-    add(
-        "--sample-steps", type=count, nargs="+", metavar="S", default=[50], help="steps S; of a list, all are compared and the last is used"
-    )
+    listed = "steps S; of a list, all are compared and the last is used"
+    add("--sample-steps", type=count, nargs="+", metavar="S", default=[50], help=listed)
     add("--tau", choices=TAUS, default="quadratic", help="which of the T timesteps")
     add("--order", type=int, choices=[1, 2], default=1, help="2: second-order steps at the same cost, not plain DDIM")
     add("--eta", type=share, default=0.0, help="0: DDIM, deterministic; 1: DDPM")
@@ -1256,12 +1204,8 @@ def make_parser():
 
     add = parser.add_argument_group("run time").add_argument
     add("--device", choices=["auto", "cuda", "mps", "cpu"], default="auto", help="auto: cuda, then mps, then cpu")
-    add(
-        "--precision",
-        choices=["auto", "fp32", "bf16"],
-        default="auto",
-        help="auto: bf16 on GPUs since Ampere and CPUs with AMX; fp32 includes TF32",
-    )
+    fast = "auto: bf16 on GPUs since Ampere and CPUs with AMX; fp32 includes TF32"
+    add("--precision", choices=["auto", "fp32", "bf16"], default="auto", help=fast)
     add("--compile", choices=["auto", "on", "off"], default="auto", help="auto: on a GPU, where the run is long enough")
     add("--seed", type=number(int, 0), default=0, help="of everything random")
     add("--out-dir", metavar="DIR", default=".", help="where files go")
@@ -1274,17 +1218,10 @@ def make_parser():
     return parser
 
 
-TRAINING_FLAGS = ("epochs", "iterations", "batch_size", "lr", "warmup", "lr_decay", "grad_clip", "min_snr", "ema_decay")
-TRAINING_FLAGS += ("save_every", "save_minutes")
-PLACE_FLAGS = ("resume", "sample", "device", "out_dir", "export", "export_weights")  # of this run, not of the model
-EXPERIMENTS = ("trajectory", "interpolate", "consistency", "reconstruct")
-
-
-def as_argv(config, names):
+def as_argv(config):
     """A checkpoint's flags as they would be typed, so that the parser checks them, too."""
     argv = []
-    for name in names:
-        value = config[name]
+    for name, value in config.items():
         flag = "--" + name.replace("_", "-")
         if isinstance(value, (list, tuple)):
             argv += [flag, *map(str, value)]
@@ -1296,10 +1233,10 @@ def as_argv(config, names):
 def parse_args(argv=None):
     """The flags, completed from the checkpoint that --resume or --sample names, and that checkpoint (or None)."""
     argv = sys.argv[1:] if argv is None else list(argv)
-    parser, unset = make_parser(), object()
+    parser = make_parser()
     args = parser.parse_args(argv)
-    marked = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(vars(args), unset)))
-    given = {name for name, value in vars(marked).items() if value is not unset}
+    without_defaults = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(vars(args))))
+    given = {name for name, value in vars(without_defaults).items() if value is not None}
     clash = sorted("--" + name.replace("_", "-") for name in given & {"resume", *TRAINING_FLAGS})
     if args.sample and clash:
         raise UsageError(f"--sample does not train, which {', '.join(clash)} asks for")
@@ -1322,7 +1259,7 @@ def parse_args(argv=None):
                 mine, its = spell(getattr(args, name)), spell(config[name])
                 raise UsageError(f"--{name.replace('_', '-')} {mine} contradicts {its}, which {path} was trained with")
         try:
-            args = parser.parse_args(as_argv(config, sorted(inherited & config.keys())) + argv)
+            args = parser.parse_args(as_argv({name: config[name] for name in sorted(inherited & config.keys())}) + argv)
         except UsageError as error:
             raise UserError(f"checkpoint {path}: its config does not fit: {error}") from error
         args.resume = args.resume and str(path)
@@ -1392,10 +1329,9 @@ def export_weights(folder, model, args):
     index = {"_class_name": "DDIMPipeline", "unet": ["diffusers", "UNet2DModel"], "scheduler": ["diffusers", "DDIMScheduler"]}
     files = {"model_index.json": index, "unet/config.json": unet, "scheduler/scheduler_config.json": scheduler}
     for name, content in files.items():
-        with atomic(folder / name) as file:
-            file.write(json.dumps(content, indent=2).encode())
-    with atomic(folder / "unet" / "diffusion_pytorch_model.bin") as file:
-        torch.save({name: value.cpu().contiguous() for name, value in model.state_dict().items()}, file)
+        write_atomically(folder / name, json.dumps(content, indent=2))
+    weights = {name: value.cpu().contiguous() for name, value in model.state_dict().items()}
+    write_atomically(folder / "unet" / "diffusion_pytorch_model.bin", lambda file: torch.save(weights, file))
     say(f"wrote {folder}")
 
 
@@ -1412,9 +1348,8 @@ def prepare_out_dir(args, run, checkpoint_bytes):
     except OSError as error:
         raise UserError(f"cannot write to {error.filename}: {error.strerror} (--out-dir, --export, --export-weights)") from error
     for files in (2, 2 + args.epochs // args.save_every):
-        if free < files * checkpoint_bytes:
-            sizes = f"{free / 1e6:,.0f} MB free, {files * checkpoint_bytes / 1e6:,.0f} MB needed for {files} checkpoints"
-            lack = f"{args.out_dir}: {sizes}"
+        if free < (needed := files * checkpoint_bytes):
+            lack = f"{args.out_dir}: {free / 1e6:,.0f} MB free, {needed / 1e6:,.0f} MB needed for {files} checkpoints"
             if files == 2:
                 raise UserError(f"--out-dir {lack}")
             say(f"warning: {lack}; see --save-every", sys.stderr)
@@ -1477,8 +1412,7 @@ def execute(args, checkpoint, run):
         if checkpoint:
             state.step = checkpoint["step"]
             ema.load_state_dict(checkpoint["ema"])
-            groups = state.optimizer.state_dict()["param_groups"]
-            state.optimizer.load_state_dict({"state": checkpoint["optimizer"]["state"], "param_groups": groups})
+            state.optimizer.load_state_dict(state.optimizer.state_dict() | {"state": checkpoint["optimizer"]["state"]})
             for parameter, moments in state.optimizer.state.items():
                 for name in ("exp_avg", "exp_avg_sq"):  # the fused kernel trusts them to lie in memory as the parameter does
                     moments[name] = torch.empty_like(parameter).copy_(moments[name])
@@ -1490,14 +1424,13 @@ def execute(args, checkpoint, run):
         say("A training loss near 0.03 is normal and then looks flat; the held-out loss, on fixed noise, falls for longer.")
 
         def preview(epoch):
-            few = argparse.Namespace(**vars(args) | {"num_samples": 16})
-            save_samples(Sampler(ema, schedule, few, run), run.out_dir / f"ddim_samples_epoch_{epoch}.png")
+            save_samples(Sampler(ema, schedule, args, run), run.out_dir / f"ddim_samples_epoch_{epoch}.png", count=16)
 
         train(state, train_images, test_images, schedule, args, run, preview)
         network = model if args.no_ema else ema
     evaluations = math.ceil(args.num_samples * args.sample_steps[-1] / 256)
     sampler = Sampler(network, schedule, args, run, evaluations)
-    save_samples(sampler, run.out_dir / "ddim_samples.png", args.export)
+    save_samples(sampler, run.out_dir / "ddim_samples.png", args.num_samples, args.export)
     experiments = trajectory, interpolation, consistency, functools.partial(reconstruction, test_images=test_images)
     for name, draw in zip(EXPERIMENTS, experiments):
         if getattr(args, name):
@@ -1516,12 +1449,10 @@ def execute(args, checkpoint, run):
 
 def resume_command(argv, saved):
     """What to type to go on."""
-    argv = list(sys.argv[1:] if argv is None else argv)
-    for i in [i for i, word in enumerate(argv) if word == "--resume"]:
-        argv[i : i + 2] = []
-    argv = [word for word in argv if not word.startswith("--resume=")]
+    argv = sys.argv[1:] if argv is None else argv
+    kept = [word for before, word in zip(["", *argv], argv) if "--resume" not in (before, word.split("=")[0])]
     start = ["torchrun", "--standalone", f"--nproc_per_node={LOCAL_WORLD_SIZE}"] if "RANK" in os.environ else ["python"]
-    return shlex.join([*start, sys.argv[0], *argv, "--resume", str(saved)])
+    return shlex.join([*start, sys.argv[0], *kept, "--resume", str(saved)])
 
 
 def main(argv=None):
@@ -1542,9 +1473,9 @@ def main(argv=None):
         code, complaint = 128 + stopped.args[0], f"stopped by {signal.Signals(stopped.args[0]).name}"
         if run and run.saved:
             complaint += f"; to go on:\n{resume_command(argv, run.saved)}"
-    except (UserError, OSError) as error:
+    except (UserError, OSError, FloatingPointError) as error:  # the last: training diverged
         usage = make_parser().format_usage() if isinstance(error, UsageError) else ""
-        code, complaint = getattr(error, "exit_code", 2), f"{usage}ddim_cifar.py: error: {error}"
+        code, complaint = 1 if isinstance(error, FloatingPointError) else 2, f"{usage}ddim_cifar.py: error: {error}"
     except (MemoryError, RuntimeError) as error:
         if out_of_memory(error):
             smaller = "a smaller --sample-batch-size"
