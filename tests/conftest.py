@@ -1,4 +1,5 @@
 import collections
+import functools
 import os
 import sys
 from pathlib import Path
@@ -14,11 +15,14 @@ import ddim_cifar
 NETWORK = ["--channels", "32", "--channel-mults", "1", "2", "--res-blocks", "1", "--attn-resolutions", "16", "--device", "cpu"]
 TINY = [*NETWORK, "--dataset", "synthetic", "--batch-size", "4", "--sample-steps", "2", "--precision", "fp32"]
 Result = collections.namedtuple("Result", "code out err")
+draw_shapes_once = functools.cache(ddim_cifar.draw_shapes)
 
 
 @pytest.fixture
-def ddim(tmp_path, capfd):
+def ddim(tmp_path, capfd, monkeypatch):
     """Runs the command in this process, in a folder of its own: ddim(*more_flags) -> Result."""
+    monkeypatch.setattr(ddim_cifar, "draw_shapes", draw_shapes_once)  # this and 256 held-out images take longer than
+    monkeypatch.setattr(ddim_cifar, "HELD_OUT", 32)  # a tiny model's training
 
     def run(*more, flags=TINY, out_dir=tmp_path):
         out = [] if {"--out-dir", "--help"} & set(more) else ["--out-dir", str(out_dir)]
