@@ -114,12 +114,11 @@ class Upsample(nn.Module):
 class Stage(nn.Module):
     """The ResBlocks of one resolution, the attention behind some of them, and the way to the next resolution."""
 
-    def __init__(self, widths_in, width, c_time, dropout, attends, **resamplers):
+    def __init__(self, widths_in, width, c_time, dropout, attends, downsamplers=(), upsamplers=()):
         super().__init__()
         self.resnets = nn.ModuleList(ResBlock(c_in, width, c_time, dropout) for c_in in widths_in)
         self.attentions = nn.ModuleList(Attention(width) if here else nn.Identity() for here in attends)
-        for name, modules in resamplers.items():
-            setattr(self, name, nn.ModuleList(modules))
+        self.downsamplers, self.upsamplers = nn.ModuleList(downsamplers), nn.ModuleList(upsamplers)
 
 
 class UNet(nn.Module):
@@ -154,11 +153,12 @@ class UNet(nn.Module):
         self.mid_block = Stage([width, width], width, c_time, dropout, [True, False])
 
         self.up_blocks = nn.ModuleList()
-        for level, (width_up, attends) in reversed(list(enumerate(levels))):
-            inputs = [c_in + skips.pop() for c_in in [width] + [width_up] * res_blocks]
-            width = width_up
+        below = width  # of what comes from the resolution below
+        for level, (width, attends) in reversed(list(enumerate(levels))):
+            inputs = [c_in + skips.pop() for c_in in [below] + [width] * res_blocks]
             up = [Upsample(width)] if level else []
             self.up_blocks.append(Stage(inputs, width, c_time, dropout, [attends] * (res_blocks + 1), upsamplers=up))
+            below = width
 
         self.conv_norm_out = group_norm(width)
         self.conv_out = nn.Conv2d(width, 3, 3, padding=1)
@@ -208,7 +208,8 @@ class NoiseSchedule:
         """alphas_cumprod as a Python float; t = -1 is the clean image, alpha 1."""
         return float(self.alphas_cumprod[t]) if t >= 0 else 1.0
 
-    def sigma(self, t):  # of Eq. 14: x_t / sqrt(alpha) = x_0 + sigma eps
+    def noise_ratio(self, t):
+        """sqrt((1 - alpha) / alpha), the sigma(t) of Eq. 14: x_t / sqrt(alpha) = x_0 + sigma(t) eps."""
         return math.sqrt((1 - self.alpha(t)) / self.alpha(t))
 
     @functools.lru_cache(maxsize=4)  # noqa: B019 (a schedule lives as long as its program)
@@ -261,14 +262,15 @@ def ddim_sample(model, x_T, schedule, tau, eta=0.0, *, order=1, clip_x0=False, n
     """
     if not 0 <= eta <= 1 or order not in (1, 2) or (order == 2 and eta > 0):
         raise ValueError(f"eta must be in [0, 1] and order 1 or 2, order 2 only with eta 0; not eta {eta}, order {order}")
-    x_t, before = x_T, None
+    x_t, eps_before, h_before = x_T, None, None
     for t, t_prev in reversed(list(zip(tau, [-1, *tau[:-1]]))):
         alpha, alpha_prev = schedule.alpha(t), schedule.alpha(t_prev)
         eps = model(x_t, x_t.new_full((len(x_t),), t, dtype=torch.int64)).to(x_t.dtype)
         if order == 2:  # Adams-Bashforth for d(x_t / sqrt(alpha_t)) = eps d sigma, Eq. 14
-            now = eps, schedule.sigma(t_prev) - schedule.sigma(t)
-            eps = eps + now[1] / (2 * before[1]) * (eps - before[0]) if before else eps
-            before = now
+            eps_here, h = eps, schedule.noise_ratio(t_prev) - schedule.noise_ratio(t)
+            if eps_before is not None:
+                eps = eps_here + h / (2 * h_before) * (eps_here - eps_before)
+            eps_before, h_before = eps_here, h
         x_0 = (x_t - math.sqrt(1 - alpha) * eps) / math.sqrt(alpha)  # Eq. 9
         if clip_x0:
             x_0 = x_0.clamp(-1, 1)
@@ -293,7 +295,7 @@ def ddim_encode(model, x_0, schedule, tau):
     for t, t_next in zip([-1, *tau[:-1]], tau):
         alpha, alpha_next = schedule.alpha(t), schedule.alpha(t_next)
         eps = model(x_t, x_t.new_full((len(x_t),), max(t, tau[0]), dtype=torch.int64)).to(x_t.dtype)
-        x_t = math.sqrt(alpha_next) * (x_t / math.sqrt(alpha) + (schedule.sigma(t_next) - schedule.sigma(t)) * eps)
+        x_t = math.sqrt(alpha_next) * (x_t / math.sqrt(alpha) + (schedule.noise_ratio(t_next) - schedule.noise_ratio(t)) * eps)
     return x_t
 
 
@@ -312,6 +314,7 @@ def slerp(a, b, weight):
 
 # ---- Data ------------------------------------------------------------------------------------------------------------
 # Images are uint8 [N, 3, 32, 32] at rest. Every draw is a function of (seed, what for, position): nothing to save or to lose.
+# What for: 0 order, 1 flips, t and eps, 2 dropout, 3 held-out eps, 4 x_T, 5 noise of eta > 0, 6 first weights.
 
 SIZE = 32
 HELD_OUT = 256  # images of the held-out loss
@@ -417,7 +420,7 @@ def read_folder(folder):
 
 def draw_shapes(count, seed):
     """Discs, squares and diamonds of any colour on shaded grounds: easy to learn, easy to judge."""
-    draw = rng((seed,))
+    draw = rng(seed)
     kind = torch.from_numpy(draw.integers(3, size=(count, 1, 1)))
 
     def uniform(low, high, *shape):
@@ -549,16 +552,19 @@ class Signals:
             self.received, self.since = signum, time.monotonic()
         elif signum == signal.SIGINT and ("RANK" not in os.environ or time.monotonic() - self.since > 1):  # torchrun repeats it
             os._exit(128 + signum)
-        self.postpone(self.postponed)
+        self.heed()
 
     def postpone(self, postponed):
         self.postponed = postponed
-        if self.received and not postponed:
+        self.heed()
+
+    def heed(self):
+        if self.received and not self.postponed:
             raise Stopped(self.received)
 
 
 def write_atomically(path, content):
-    """A text, or what content(file) writes: a file complete and on disk, or none at all. Only the first process writes."""
+    """Write a text, or what content(file) writes: the file appears complete and on disk, or not at all. First process only."""
     if RANK > 0:
         return
     path = Path(path)
@@ -697,7 +703,7 @@ def open_log(path, step):
         return open(os.devnull, "w"), 0.0
     header = ["step", "epoch", "loss", "val_loss", "lr", "grad_norm", "images_per_s", "seconds"]
     rows = [line.split(",") for line in path.read_text(errors="replace").splitlines()] if step and path.is_file() else []
-    whole = [row for row in rows if len(row) == len(header) and row[0].isdigit() and row[-1][-1:].isdigit()]
+    whole = [row for row in rows if len(row) == len(header) and row[0].isdigit() and row[-1][-1:].isdigit()]  # not cut short
     kept = [row for row in whole if int(row[0]) <= step]
     write_atomically(path, "".join(",".join(row) + "\n" for row in [header, *kept]))
     return open(path, "a", newline="\n", buffering=1), float(kept[-1][-1]) if kept else 0.0
@@ -742,10 +748,11 @@ def held_out_loss(model, images, schedule, run):
     t = torch.arange(len(x_0), device=run.device) * schedule.timesteps // len(x_0)
     eps = torch.from_numpy(rng((0, 3)).standard_normal(x_0.shape, dtype=np.float32)).to(run.device)
     x_t = schedule.add_noise(x_0, eps, t).contiguous(memory_format=torch.channels_last)
-    for batch, times, noise in list(zip(x_t.split(32), t.split(32), eps.split(32)))[RANK::WORLD_SIZE]:
+    for first in range(32 * RANK, len(x_t), 32 * WORLD_SIZE):
+        part = slice(first, first + 32)
         with run.autocast():
-            predicted = model(batch, times)
-        total += (predicted.float() - noise).square().sum()
+            predicted = model(x_t[part], t[part])
+        total += (predicted.float() - eps[part]).square().sum()
     return float(sum_over_processes(total)) / eps.numel()
 
 
@@ -788,7 +795,7 @@ def make_step(state, schedule, args, run):
 
 
 def train(state, images, held_out, schedule, args, run, preview):
-    """Take steps state.step .. epochs * iterations - 1, write log and checkpoints, call preview(epoch) after each epoch's checkpoint.
+    """Take the steps that are left, write log and checkpoints, call preview(epoch) after each ddim_model_epoch_N.
 
     Raises Stopped when a signal came, with a checkpoint saved, and FloatingPointError after ten bad steps in a row.
     """
@@ -810,30 +817,31 @@ def train(state, images, held_out, schedule, args, run, preview):
     with log, progress(total=total, initial=state.step, unit="step") as bar:
         for batch in loader:
             pending.append(step(batch))
-            epoch, rest = divmod(state.step, args.iterations)
-            if rest and state.step % read_every and not (run.signals.received and WORLD_SIZE == 1):
+            epoch, epoch_ends = state.step // args.iterations, state.step % args.iterations == 0
+            if not epoch_ends and state.step % read_every and not (run.signals.received and WORLD_SIZE == 1):
                 continue
 
-            read = torch.stack([torch.stack(entry[:2]) for entry in pending]).tolist()
+            read, norms, rates = zip(*pending)
+            read, norms = torch.stack([*read, *norms]).view(2, -1).tolist()  # one wait for the device
             each = (time.monotonic() - clock) / len(pending)
-            periodic = not rest and epoch % args.save_every == 0
+            periodic = epoch_ends and epoch % args.save_every == 0
             val_loss = held_out_loss(state.ema, held_out, schedule, run) if periodic or state.step == total else ""
-            for n, ((loss, grad_norm), (_, _, lr)) in enumerate(zip(read, pending), state.step - len(pending) + 1):
+            for n, loss, grad_norm, lr in zip(range(state.step - len(pending) + 1, state.step + 1), read, norms, rates):
                 seconds += each
                 taken = val_loss if n == state.step else ""
                 row = [n, (n - 1) // args.iterations + 1, loss, taken, lr, grad_norm, args.batch_size / each, seconds]
                 log.write(",".join(f"{value:.7g}" if isinstance(value, float) else str(value) for value in row) + "\n")
-                losses.append(loss)
                 bad = 0 if math.isfinite(loss + grad_norm) else bad + 1
                 skipped += bad > 0
-            recent = [*recent, *(loss for loss, _ in read)][-100:]
+            losses += read
+            recent = [*recent, *read][-100:]
             bar.set_postfix_str(f"loss {mean_finite(recent):.4f}, {args.batch_size / each:,.1f} images/s", refresh=False)
             bar.update(len(pending))
             pending.clear()
             if bad >= 10:
                 good = f"The last good checkpoint is {run.saved}" if run.saved else "No checkpoint had been saved"
                 raise FloatingPointError(f"10 steps in a row without a finite loss or gradient; try a lower --lr. {good}")
-            if not rest:
+            if epoch_ends:
                 line = f"epoch {epoch}/{args.epochs}  step {state.step:,}  loss {mean_finite(losses):.4f}"
                 line += f"  held-out loss {val_loss:.4f}" if val_loss != "" else ""
                 line += f"  {args.batch_size * len(losses) / (seconds - epoch_began):,.1f} images/s"
@@ -916,11 +924,14 @@ class Sampler:
         return max(1, min(2048, int(0.8 * torch.cuda.mem_get_info()[0] / per_image)))
 
     def over(self, indices, function, evaluations, desc):
-        """Yield (chunk, function(chunk), of a row per index) for chunks of the indices, in order; processes share the work."""
+        """Yield (chunk, rows) in order, on every process; each computes its share. rows = function(chunk), one per index.
+
+        evaluations: of the network, per index, for the bar.
+        """
         count = math.ceil(len(indices) / (min(gather(self.batch_size())) * WORLD_SIZE)) * WORLD_SIZE
         chunks = [chunk.tolist() for chunk in np.array_split(np.asarray(indices), max(1, count)) if len(chunk)]
         plain = "{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}"
-        with progress(total=len(indices) * evaluations, desc=desc, bar_format=plain) as self.bar:  # evaluations per index
+        with progress(total=len(indices) * evaluations, desc=desc, bar_format=plain) as self.bar:
             for first in range(0, len(chunks), WORLD_SIZE):
                 turn = chunks[first : first + WORLD_SIZE]
                 mine = self.halving(function, turn[RANK], len(chunks[0])) if len(turn) > RANK else None
@@ -982,8 +993,8 @@ def save_grid(images, path, **layout):
 def save_samples(sampler, path, count, export=None):
     """The grid of the first 256; and all: an .npz, complete or absent, or a folder of PNGs, which goes on where it stopped."""
     steps, export = sampler.args.sample_steps[-1], Path(export).resolve() if export else None
-    folder = export if export and export.suffix != ".npz" else None
-    kept = np.zeros((count if export and not folder else min(count, 256), SIZE, SIZE, 3), np.uint8)
+    archive, folder = (export, None) if export and export.suffix == ".npz" else (None, export)
+    kept = np.zeros((count if archive else min(count, 256), SIZE, SIZE, 3), np.uint8)  # all, or those of the grid
     todo = range(count if export else len(kept))
     if folder:
         todo = gather(prepare_folder(folder, sampler, count) if RANK == 0 else None)[0]
@@ -1009,8 +1020,8 @@ def save_samples(sampler, path, count, export=None):
         return
     for i in set(range(len(kept))) - set(todo):  # drawn by the run that was stopped
         kept[i] = np.asarray(Image.open(folder / f"{i:05d}.png"))
-    if export and not folder:
-        write_atomically(export, lambda file: np.savez(file, kept))
+    if archive:
+        write_atomically(archive, lambda file: np.savez(file, kept))
     if export:
         say(f"wrote {count:,} images to {export}")
     save_grid(torch.from_numpy(kept[:256]).permute(0, 3, 1, 2), path)
@@ -1050,9 +1061,8 @@ def trajectory(sampler, out_dir):
     rows = films[:8, chosen].flatten(0, 1)
     save_grid(rows, out_dir / "ddim_trajectory.png", columns=len(chosen), column_labels=[labels[i] for i in chosen])
     sheets = [draw_grid(films[:, i], scale=2) for i in np.linspace(0, steps, min(26, steps + 1)).round().astype(int)]
-    timing = {"duration": [120] * (len(sheets) - 1) + [2000], "loop": 0}
-    film = functools.partial(sheets[0].save, format="GIF", save_all=True, append_images=sheets[1:], **timing)
-    write_atomically(out_dir / "ddim_trajectory.gif", film)
+    options = {"save_all": True, "append_images": sheets[1:], "duration": [120] * (len(sheets) - 1) + [2000], "loop": 0}
+    write_atomically(out_dir / "ddim_trajectory.gif", lambda file: sheets[0].save(file, "GIF", **options))
     say(f"wrote {out_dir / 'ddim_trajectory.gif'}")
 
 
@@ -1264,7 +1274,8 @@ def parse_args(argv=None):
             raise UserError(f"checkpoint {path}: its config does not fit: {error}") from error
         args.resume = args.resume and str(path)
 
-    args.compared_steps = args.sample_steps if "sample_steps" in given or args.sample_steps != [50] else [10, 20, 50, 100]
+    listed = "sample_steps" in given or args.sample_steps != parser.get_default("sample_steps")  # now, or in the resumed run
+    args.compared_steps = args.sample_steps if listed else [10, 20, 50, 100]
     args.quick_test = not path and args.epochs * args.iterations == 1 and "dataset" not in given
     check(args, checkpoint)
     return args, checkpoint
@@ -1286,7 +1297,8 @@ def check(args, checkpoint):
     if args.export_weights and args.channel_mults[0] != 1:
         raise UsageError("--export-weights: diffusers has no such network, its --channel-mults begin with 1")
     compares = args.reconstruct or args.consistency
-    if max(steps := args.sample_steps + compares * args.compared_steps) > args.timesteps:
+    steps = args.sample_steps + (args.compared_steps if compares else [])
+    if max(steps) > args.timesteps:
         raise UsageError(f"--sample-steps {spell(steps)}: must be in 1..{args.timesteps} (--timesteps)")
     if compares and args.eta > 0:
         raise UsageError(f"--reconstruct and --consistency are about --eta 0, not --eta {args.eta}")
@@ -1370,7 +1382,7 @@ def protect_earlier_run(out_dir, total):
 def get_images(args):
     """load_images, first in one process of each machine, since it may download. Offline, the quick test draws its own."""
     if LOCAL_RANK > 0:
-        gather(None)
+        gather(None)  # a barrier
     try:
         return load_images(args.dataset, args.data_dir)
     except Offline as error:
@@ -1428,7 +1440,7 @@ def execute(args, checkpoint, run):
 
         train(state, train_images, test_images, schedule, args, run, preview)
         network = model if args.no_ema else ema
-    evaluations = math.ceil(args.num_samples * args.sample_steps[-1] / 256)
+    evaluations = math.ceil(args.num_samples * args.sample_steps[-1] / 256)  # of a batch of some 256
     sampler = Sampler(network, schedule, args, run, evaluations)
     save_samples(sampler, run.out_dir / "ddim_samples.png", args.num_samples, args.export)
     experiments = trajectory, interpolation, consistency, functools.partial(reconstruction, test_images=test_images)
@@ -1473,9 +1485,11 @@ def main(argv=None):
         code, complaint = 128 + stopped.args[0], f"stopped by {signal.Signals(stopped.args[0]).name}"
         if run and run.saved:
             complaint += f"; to go on:\n{resume_command(argv, run.saved)}"
-    except (UserError, OSError, FloatingPointError) as error:  # the last: training diverged
+    except FloatingPointError as error:  # training diverged
+        code, complaint = 1, f"ddim_cifar.py: error: {error}"
+    except (UserError, OSError) as error:
         usage = make_parser().format_usage() if isinstance(error, UsageError) else ""
-        code, complaint = 1 if isinstance(error, FloatingPointError) else 2, f"{usage}ddim_cifar.py: error: {error}"
+        code, complaint = 2, f"{usage}ddim_cifar.py: error: {error}"
     except (MemoryError, RuntimeError) as error:
         if out_of_memory(error):
             smaller = "a smaller --sample-batch-size"

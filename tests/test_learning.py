@@ -84,6 +84,22 @@ def test_a_step_flips_adds_noise_and_clips_the_gradient():
     assert norm > 0.01 and abs(model.gain.grad) == pytest.approx(0.001, rel=1e-2)
 
 
+def test_the_held_out_loss_is_of_fixed_noise_and_shared_among_processes(monkeypatch):
+    model, schedule, images = Gain(), ddim_cifar.NoiseSchedule(), ddim_cifar.draw_shapes(70, seed=0)
+    run = ddim_cifar.Run(torch.device("cpu"), None, "fp32", "off", None)
+    eps = torch.from_numpy(np.random.default_rng((0, 3)).standard_normal((70, 3, 32, 32), dtype=np.float32))
+    x_t = schedule.add_noise(ddim_cifar.to_float(images), eps, torch.arange(70) * 1000 // 70)
+    expected = pytest.approx(float((0.5 * x_t - eps).square().mean()), rel=1e-5)
+    assert ddim_cifar.held_out_loss(model, images, schedule, run) == expected
+    monkeypatch.setattr(ddim_cifar, "WORLD_SIZE", 2)
+    monkeypatch.setattr(ddim_cifar, "sum_over_processes", lambda tensor: tensor)
+    shares = []
+    for rank in range(2):
+        monkeypatch.setattr(ddim_cifar, "RANK", rank)
+        shares.append(ddim_cifar.held_out_loss(model, images, schedule, run))
+    assert min(shares) > 0 and sum(shares) == expected
+
+
 def test_the_rate_warms_up_stays_and_falls_to_zero(ddim, tmp_path):
     ddim("--iterations", "10", "--lr", "4e-3", "--warmup", "4", "--lr-decay", "0.3", "--num-samples", "1")
     expected = [1e-3, 2e-3, 3e-3, *[4e-3] * 5, 4e-3 * 2 / 3, 4e-3 / 3]
