@@ -2,12 +2,15 @@
 
     python ddim_cifar.py                                       quick test: one training step, then 16 samples
     python ddim_cifar.py --epochs 50 --iterations 1000         train, save checkpoints, draw a 4x4 grid
-    python ddim_cifar.py --resume auto --epochs 100            go on from the newest checkpoint
+    python ddim_cifar.py --resume auto --epochs 100            continue from the furthest checkpoint
     python ddim_cifar.py --sample ddim_model_final.pth --num-samples 50000 --export samples/
 
-The network and its training are those of Ho, Jain & Abbeel, "Denoising Diffusion Probabilistic Models", arXiv 2006.11239
-("DDPM" below); schedule, sampler, step selection and experiments those of Song, Meng & Ermon, "Denoising Diffusion Implicit
-Models", arXiv 2010.02502, whose equation numbers stand at the lines. Its alpha_t is called alphas_cumprod[t] here.
+The chapter, in reading order: Settings, Diffusion, UNet, Data, Training, Sampling, Experiments. Behind the banner
+after them is the machinery that keeps a run safe: files, checkpoints, signals, processes, flags. Skip it until
+something in it has to change.
+
+"DDPM" is Ho, Jain & Abbeel, arXiv 2006.11239, which network and training follow. "Eq.", "Sec." and "App." are those of
+Song, Meng & Ermon, "Denoising Diffusion Implicit Models", arXiv 2010.02502. Its alpha_t is alphas_cumprod[t] here.
 """
 
 import argparse
@@ -31,7 +34,7 @@ import warnings
 import zipfile
 import zlib
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field, fields
 from datetime import timedelta
 from pathlib import Path
 
@@ -43,14 +46,305 @@ from PIL import Image, ImageDraw, ImageOps
 from torch import nn
 from tqdm import tqdm
 
+SIZE = 32  # side of an image, in pixels
+HELD_OUT = 256  # images of the held-out loss
+CIFAR10_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"
+
+# ---- Settings --------------------------------------------------------------------------------------------------------
+# Every field of Config is a flag: epochs is --epochs. The groups are the headings of --help.
+
+TRAINING = "training"
+DATA = "data"
+UNET = "network (with --resume and --sample: that of the checkpoint)"
+SCHEDULE = "noise schedule (with --resume and --sample: that of the checkpoint)"
+SAMPLING = "sampling"
+EXPERIMENTS = "the paper's experiments, one picture each (the last two compare S = 10 20 50 100, or --sample-steps)"
+RUNTIME = "run time"
+FILES = "files"
+
+TAUS = ("uniform", "quadratic", "karras")
+LEARNING_RATES = {"muon": 2e-3, "adam": 2e-4}  # the default of --lr
+RECIPES = {  # other defaults for a new run; a flag typed beside --recipe wins
+    "default": {},
+    "paper": {
+        "predict": "eps",
+        "optimizer": "adam",
+        "lr": 2e-4,
+        "warmup": 5000,
+        "batch_size": 128,
+        "dropout": 0.1,
+        "ema_decay": 0.9999,
+        "lr_decay": 0.0,
+    },
+}
+
+
+def flag(group, default, help, **options):
+    """A field of Config. options: least and most allowed value, choices, and what argparse knows (nargs, metavar)."""
+    return field(default=default, metadata={"group": group, "help": help, **options})
+
+
+@dataclass
+class Config:
+    """Every setting of a run, by the name of its flag. A checkpoint holds it as a dict."""
+
+    epochs: int = flag(TRAINING, 1, "length of the whole training, in epochs of --iterations steps", least=1)
+    iterations: int = flag(TRAINING, 1, "optimizer steps per epoch, however large the data set", least=1)
+    batch_size: int = flag(TRAINING, 32, "images per step, over all processes", least=1)
+    predict: str = flag(TRAINING, "v", "what the network's output stands for", choices=("v", "eps"))
+    optimizer: str = flag(TRAINING, "muon", "muon: on weight matrices, Adam on the rest", choices=("muon", "adam"))
+    recipe: str = flag(TRAINING, "default", "paper: the defaults of DDPM", choices=tuple(RECIPES))
+    lr: float = flag(TRAINING, None, "learning rate [2e-3 with muon, 2e-4 with adam]", least=1e-9)
+    warmup: int = flag(TRAINING, 100, "steps of linear warm-up", least=0)
+    lr_decay: float = flag(TRAINING, 0.0, "last share of the run, in which the rate falls to zero", least=0, most=1)
+    grad_clip: float = flag(TRAINING, 1.0, "largest gradient norm", least=1e-9)
+    ema_decay: float = flag(TRAINING, 0.9999, "decay of the averaged weights, used for sampling", least=0, most=1)
+    save_every: int = flag(TRAINING, 10, "epochs between checkpoints, held-out losses and grids", least=1)
+    save_minutes: float = flag(TRAINING, 10.0, "minutes between refreshes of ddim_model_last.pth", least=0)
+
+    dataset: str = flag(DATA, "cifar10", "training images", choices=("cifar10", "folder", "synthetic"))
+    data_dir: str = flag(DATA, "./data", "where CIFAR-10 is, or is downloaded to; or the folder", metavar="DIR")
+
+    channels: int = flag(UNET, 128, "width, a multiple of 32", least=1)
+    channel_mults: tuple = flag(UNET, (1, 2, 2, 2), "widths over --channels", least=1, nargs="+", metavar="M")
+    res_blocks: int = flag(UNET, 2, "ResBlocks per resolution", least=1)
+    attn_resolutions: tuple = flag(UNET, (16,), "sides with attention, in pixels", least=1, nargs="*", metavar="R")
+    dropout: float = flag(UNET, 0.1, "in each ResBlock", least=0, most=0.99)
+    timesteps: int = flag(SCHEDULE, 1000, "T, the number of noise levels", least=2)
+    beta_start: float = flag(SCHEDULE, 1e-4, "first beta", least=1e-9, most=0.999)
+    beta_end: float = flag(SCHEDULE, 0.02, "last beta", least=1e-9, most=0.999)
+
+    num_samples: int = flag(SAMPLING, 16, "images to draw", least=1)
+    sample_steps: tuple = flag(SAMPLING, (), "S [50]; the last of several", least=1, nargs="+", metavar="S")
+    tau: str = flag(SAMPLING, "quadratic", "which S of the T timesteps", choices=TAUS)
+    order: int = flag(SAMPLING, 1, "2: second-order steps at the same cost, no longer plain DDIM", choices=(1, 2))
+    eta: float = flag(SAMPLING, 0.0, "0: DDIM, deterministic; 1: DDPM", least=0, most=1)
+    clip_x0: bool = flag(SAMPLING, False, "clamp each predicted x_0 to [-1, 1]")
+    no_ema: bool = flag(SAMPLING, False, "sample with the weights themselves, not their average")
+    sample_batch_size: int = flag(SAMPLING, None, "images at a time [512 on cuda, else 64]", least=1)
+
+    trajectory: bool = flag(EXPERIMENTS, False, "predicted x_0 from noise to picture, also as an animation")
+    interpolate: bool = flag(EXPERIMENTS, False, "between pairs of x_T")
+    reconstruct: bool = flag(EXPERIMENTS, False, "encode and decode test images, with the error of Table 2")
+    consistency: bool = flag(EXPERIMENTS, False, "the same x_T at several S, and their distances")
+
+    device: str = flag(RUNTIME, "auto", "auto: cuda, then mps, then cpu", choices=("auto", "cuda", "mps", "cpu"))
+    precision: str = flag(RUNTIME, "auto", "auto: bf16 where it is faster", choices=("auto", "fp32", "bf16"))
+    compile: str = flag(RUNTIME, "auto", "auto: on a GPU, in a long run", choices=("auto", "on", "off"))
+    seed: int = flag(RUNTIME, 0, "of everything random", least=0)
+
+    resume: str = flag(FILES, None, "checkpoint to continue; auto: the furthest, or a new run", metavar="CKPT")
+    sample: str = flag(FILES, None, "do not train: sample from this checkpoint or published weights", metavar="CKPT")
+    export: str = flag(FILES, None, "write all images, too: x.npz (uint8 [N,32,32,3]) or a folder", metavar="PATH")
+    export_weights: str = flag(FILES, None, "write the weights, too, as a folder for diffusers", metavar="DIR")
+    out_dir: str = flag(FILES, ".", "where files go", metavar="DIR")
+
+    quick_test = False  # the command without flags, which draws its own images when offline
+
+    def __post_init__(self):
+        if self.lr is None:
+            self.lr = LEARNING_RATES.get(self.optimizer)
+
+    @property
+    def total(self):
+        """Optimizer steps of the whole training."""
+        return self.epochs * self.iterations
+
+    @property
+    def steps(self):
+        """S of the samples."""
+        return self.sample_steps[-1] if self.sample_steps else 50
+
+    @property
+    def compared_steps(self):
+        """S of --reconstruct and --consistency."""
+        return self.sample_steps or (10, 20, 50, 100)
+
+    @property
+    def folder(self):
+        return Path(self.out_dir).resolve()
+
+    def of(self, *groups):
+        """The settings of these groups, by name: UNet(**config.of(UNET))."""
+        return {name: getattr(self, name) for name in names_of(*groups)}
+
+
+def names_of(*groups):
+    return [setting.name for setting in fields(Config) if setting.metadata["group"] in groups]
+
+
+# ---- Diffusion -------------------------------------------------------------------------------------------------------
+
+
+class NoiseSchedule:
+    """Linear betas (DDPM, Sec. 4). alphas_cumprod: float64 [timesteps] on the CPU, the alpha_t of the DDIM paper."""
+
+    def __init__(self, timesteps=1000, beta_start=1e-4, beta_end=0.02):
+        self.timesteps = timesteps
+        self.betas = torch.linspace(beta_start, beta_end, timesteps, dtype=torch.float64)
+        self.alphas_cumprod = torch.cumprod(1 - self.betas, dim=0)
+
+    def alpha(self, t):
+        """alphas_cumprod[t] as a Python float; t = -1 is the clean image, alpha 1."""
+        return float(self.alphas_cumprod[t]) if t >= 0 else 1.0
+
+    def noise_ratio(self, t):
+        """sqrt((1 - alpha) / alpha), the sigma(t) of Eq. 14: x_t / sqrt(alpha) = x_0 + sigma(t) eps."""
+        alpha = self.alpha(t)
+        return math.sqrt((1 - alpha) / alpha)
+
+    def scales(self, x, t):
+        """sqrt(alpha_t) and sqrt(1 - alpha_t) for each image, shaped to multiply x. x: [N, ...]; t: int64 [N]."""
+        tables = self.tables(x.device, x.dtype)
+        return [table[t].view(-1, *[1] * (x.ndim - 1)) for table in tables]
+
+    @functools.lru_cache(maxsize=4)  # noqa: B019 (a schedule lives as long as its program)
+    def tables(self, device, dtype):
+        alphas = self.alphas_cumprod
+        return [
+            scale.sqrt().to(dtype).to(device) for scale in (alphas, 1 - alphas)
+        ]  # in this order: MPS has no float64
+
+    def add_noise(self, x_0, eps, t):
+        """x_t = sqrt(alpha_t) x_0 + sqrt(1 - alpha_t) eps (Eq. 4). x_0, eps: [N, ...]; t: int64 [N]."""
+        signal_scale, noise_scale = self.scales(x_0, t)
+        return signal_scale * x_0 + noise_scale * eps
+
+
+class NoisePredictor(nn.Module):
+    """eps_theta(x_t, t) from a network's output F(x_t, t): the one place that knows what F stands for.
+
+    predict "eps": eps_theta = F (DDPM). predict "v": eps_theta = sqrt(1 - alpha_t) x_t + sqrt(alpha_t) F (arXiv
+    2202.00512, App. D), which gives a fresh network, F = 0, the best linear guess where x_t is nearly all noise.
+    """
+
+    def __init__(self, network, schedule, predict="v"):
+        super().__init__()
+        self.network, self.schedule, self.predict = network, schedule, predict
+
+    def forward(self, x, t):
+        """x: [N, 3, H, W], t: int64 [N]. Returns eps like x."""
+        output = self.network(x, t).to(x.dtype)
+        if self.predict == "eps":
+            return output
+        signal_scale, noise_scale = self.schedule.scales(x, t)
+        return noise_scale * x + signal_scale * output
+
+
+def ddim_timesteps(timesteps, steps, tau, schedule=None):
+    """The sub-sequence tau of 0..timesteps-1 that sampling visits (App. D.2): `steps` distinct ints, ascending.
+
+    tau: "uniform" is floor(i T / S). "quadratic" is floor(c i^2), its last at 0.8 T, as in the official code. "karras"
+    is equal steps in sigma^(1/7), the sigma of Eq. 14 (arXiv 2206.00364, Eq. 5), for `schedule` (None: the default
+    one). ValueError unless 1 <= steps <= timesteps.
+    """
+    if not 1 <= steps <= timesteps:
+        raise ValueError(f"steps must be in 1..{timesteps}, not {steps}")
+
+    i = np.arange(steps)
+    if tau == "uniform":
+        wanted = i * timesteps // steps
+    elif tau == "quadratic":
+        last = max(1, steps - 1)
+        wanted = 4 * timesteps * i**2 // (5 * last**2) if steps > 1 else np.array([4 * timesteps // 5])
+    elif tau == "karras":
+        alphas = (schedule or NoiseSchedule(timesteps)).alphas_cumprod.numpy()
+        warped = ((1 - alphas) / alphas) ** (1 / 14)
+        targets = np.linspace(warped[-1], warped[0], steps)[::-1]
+        wanted = np.interp(targets, warped, np.arange(timesteps)).round().astype(int)
+    else:
+        raise ValueError(f"tau must be one of {', '.join(TAUS)}, not {tau!r}")
+
+    # Where values collide, take the next free integer that leaves room for those to come.
+    distinct = np.maximum.accumulate(wanted - i) + i
+    return np.minimum(distinct, timesteps - steps + i).tolist()
+
+
+@torch.inference_mode()
+def ddim_sample(model, x_T, schedule, tau, eta=0.0, *, order=1, clip_x0=False, noise=None, on_step=None):
+    """Walk from x_T to x_0 along tau (Eq. 12). Deterministic for eta = 0; eta = 1 has the variance of DDPM (Eq. 16).
+
+    model: any callable (x [N, ...], t int64 [N]) -> eps [N, ...]. x_T: [N, ...], float32 or float64, kept by the state.
+    tau: ascending timesteps, as from ddim_timesteps. order: 2 is a second-order step at the same number of network
+    evaluations, for eta = 0 only. clip_x0: clamp each predicted x_0 to [-1, 1] and derive eps again. noise(): standard
+    normal [N, ...] for eta > 0; None: torch.randn_like. on_step(t, x_0): called at each step with the predicted x_0.
+    Returns x_0 like x_T. ValueError for eta outside [0, 1], order outside 1..2, or order 2 with eta > 0.
+    """
+    if not 0 <= eta <= 1 or order not in (1, 2) or (order == 2 and eta > 0):
+        raise ValueError(f"eta must be in [0, 1], order 1 or 2, and order 2 needs eta 0; not eta {eta}, order {order}")
+
+    x_t = x_T
+    eps_before = h_before = None
+    for t, t_prev in reversed(list(zip(tau, [-1, *tau[:-1]]))):
+        alpha, alpha_prev = schedule.alpha(t), schedule.alpha(t_prev)
+        eps = model(x_t, x_t.new_full((len(x_t),), t, dtype=torch.int64)).to(x_t.dtype)
+
+        # Second order: Adams-Bashforth for d(x_t / sqrt(alpha_t)) = eps d sigma (Eq. 14), over uneven steps.
+        if order == 2:
+            eps_here = eps
+            h = schedule.noise_ratio(t_prev) - schedule.noise_ratio(t)
+            if eps_before is not None:
+                eps = eps_here + h / (2 * h_before) * (eps_here - eps_before)
+            eps_before, h_before = eps_here, h
+
+        # Predict x_0 (Eq. 9).
+        x_0 = (x_t - math.sqrt(1 - alpha) * eps) / math.sqrt(alpha)
+        if clip_x0:
+            x_0 = x_0.clamp(-1, 1)
+            eps = (x_t - math.sqrt(alpha) * x_0) / math.sqrt(1 - alpha)
+
+        # Step to t_prev (Eq. 12), with new noise of the variance of Eq. 16 if eta > 0.
+        sigma = eta * math.sqrt((1 - alpha_prev) / (1 - alpha)) * math.sqrt(1 - alpha / alpha_prev)
+        x_t = math.sqrt(alpha_prev) * x_0 + math.sqrt(max(0.0, 1 - alpha_prev - sigma**2)) * eps
+        if sigma > 0:
+            x_t += sigma * (noise() if noise else torch.randn_like(x_t))
+        if on_step:
+            on_step(t, x_0)
+    return x_t
+
+
+@torch.inference_mode()
+def ddim_encode(model, x_0, schedule, tau):
+    """Walk from x_0 to its code x_T: the ODE of ddim_sample, run the other way (Sec. 4.3, Eq. 14).
+
+    Arguments as for ddim_sample. eps is taken where a step starts. No network knows alpha = 1, so the first step asks
+    for tau[0]. Returns x_T like x_0.
+    """
+    x_t = x_0
+    for t, t_next in zip([-1, *tau[:-1]], tau):
+        alpha, alpha_next = schedule.alpha(t), schedule.alpha(t_next)
+        eps = model(x_t, x_t.new_full((len(x_t),), max(t, tau[0]), dtype=torch.int64)).to(x_t.dtype)
+        h = schedule.noise_ratio(t_next) - schedule.noise_ratio(t)
+        x_t = math.sqrt(alpha_next) * (x_t / math.sqrt(alpha) + h * eps)
+    return x_t
+
+
+def slerp(a, b, weight):
+    """Spherical interpolation of noises, per image (App. D.5). a, b: [N, ...]; weight: float or [N]; 0 is a, 1 is b."""
+    weight = torch.as_tensor(weight, dtype=a.dtype).to(a.device).expand(len(a))
+    weight = weight.view(-1, *[1] * (a.ndim - 1))
+
+    # The angle between a and b.
+    norms = a.flatten(1).norm(dim=1) * b.flatten(1).norm(dim=1)
+    cosine = (a.flatten(1) * b.flatten(1)).sum(1) / norms.clamp(min=torch.finfo(a.dtype).tiny)
+    theta = cosine.clamp(-1, 1).acos().view_as(weight)
+
+    # Along the arc, or along the line where the arc is a line or not unique.
+    parallel = theta.sin() < 1e-6
+    safe = torch.where(parallel, 1.0, theta.sin())
+    weight_a = torch.where(parallel, 1 - weight, ((1 - weight) * theta).sin() / safe)
+    weight_b = torch.where(parallel, weight, (weight * theta).sin() / safe)
+    return weight_a * a + weight_b * b
+
+
 # ---- UNet ------------------------------------------------------------------------------------------------------------
-# DDPM, App. B. Parameters carry the names of the published weights (diffusers' UNet2DModel), so either loads the other's.
+# DDPM, App. B. Parameters carry the names of the published weights (diffusers' UNet2DModel): either loads the other's.
 
 group_norm = functools.partial(nn.GroupNorm, 32, eps=1e-6)
 
 
 def sinusoidal_embedding(t, dim):
-    """Embed timesteps as sines, then cosines, of geometrically spaced frequencies (DDPM App. B; arXiv 1706.03762, Sec. 3.5).
+    """Embed timesteps as sines, then cosines, of geometrically spaced frequencies (DDPM, App. B; arXiv 1706.03762).
 
     t: int64 [N]; dim: even, at least 4. Returns float32 [N, dim]; frequency i of dim/2 is 10000^(-i / (dim/2 - 1)).
     """
@@ -84,13 +378,16 @@ class Attention(nn.Module):
     def __init__(self, channels):
         super().__init__()
         self.group_norm = group_norm(channels)
-        self.to_q, self.to_k, self.to_v = (nn.Linear(channels, channels) for _ in range(3))
+        self.to_q = nn.Linear(channels, channels)
+        self.to_k = nn.Linear(channels, channels)
+        self.to_v = nn.Linear(channels, channels)
         self.to_out = nn.Sequential(nn.Linear(channels, channels))
 
-    def forward(self, x):
+    def forward(self, x):  # [N, C, H, W]
         h = self.group_norm(x).flatten(2).transpose(1, 2)[:, None]  # [N, 1, H*W, C]
         h = F.scaled_dot_product_attention(self.to_q(h), self.to_k(h), self.to_v(h))
-        return x + self.to_out(h)[:, 0].transpose(1, 2).unflatten(2, x.shape[2:])
+        h = self.to_out(h)[:, 0].transpose(1, 2)  # [N, C, H*W]
+        return x + h.unflatten(2, x.shape[2:])
 
 
 class Downsample(nn.Module):
@@ -112,36 +409,52 @@ class Upsample(nn.Module):
 
 
 class Stage(nn.Module):
-    """The ResBlocks of one resolution, the attention behind some of them, and the way to the next resolution."""
+    """The ResBlocks of one resolution, the attention after some of them, and the way to the next resolution."""
 
     def __init__(self, widths_in, width, c_time, dropout, attends, downsamplers=(), upsamplers=()):
         super().__init__()
         self.resnets = nn.ModuleList(ResBlock(c_in, width, c_time, dropout) for c_in in widths_in)
         self.attentions = nn.ModuleList(Attention(width) if here else nn.Identity() for here in attends)
-        self.downsamplers, self.upsamplers = nn.ModuleList(downsamplers), nn.ModuleList(upsamplers)
+        self.downsamplers = nn.ModuleList(downsamplers)
+        self.upsamplers = nn.ModuleList(upsamplers)
 
 
 class UNet(nn.Module):
-    """The DDPM CIFAR-10 network: predicts the noise eps in x_t. 35,746,307 parameters by default.
+    """The DDPM CIFAR-10 network. 35,746,307 parameters by default.
 
-    channels: width of the first resolution, a multiple of 32; channel_mults: width of each resolution over channels; res_blocks:
-    ResBlocks per resolution (one more on the way up); attn_resolutions: sides in pixels, where attention follows each ResBlock
-    (in the middle, always the first); image_size: H, divisible by 2^(len(channel_mults) - 1). ValueError if sizes do not fit.
+    channels: width of the first resolution, a multiple of 32. channel_mults: width of each resolution over channels.
+    res_blocks: ResBlocks per resolution (one more on the way up). attn_resolutions: sides in pixels where attention
+    follows each ResBlock (in the middle, always the first). image_size: H, divisible by 2^(len(channel_mults) - 1).
+    ValueError, beginning with the argument's name, if sizes do not fit.
     """
 
-    def __init__(self, channels=128, channel_mults=(1, 2, 2, 2), res_blocks=2, attn_resolutions=(16,), dropout=0.1, image_size=32):
+    def __init__(
+        self,
+        channels=128,
+        channel_mults=(1, 2, 2, 2),
+        res_blocks=2,
+        attn_resolutions=(16,),
+        dropout=0.1,
+        image_size=SIZE,
+    ):
         super().__init__()
+        sides = [image_size >> level for level in range(len(channel_mults))]
         if channels % 32 or min(channels, *channel_mults, res_blocks) < 1:
-            raise ValueError("channels must be a multiple of 32, channel_mults and res_blocks at least 1")
-        resolutions = [image_size >> level for level in range(len(channel_mults))]
-        if image_size % (1 << len(resolutions) - 1) or not set(attn_resolutions) <= set(resolutions):
-            raise ValueError(f"image_size {image_size} allows resolutions {resolutions}, attention at {list(attn_resolutions)}")
-        levels = [(channels * mult, side in attn_resolutions) for mult, side in zip(channel_mults, resolutions)]
+            raise ValueError(f"channels {channels}: must be a multiple of 32, channel_mults and res_blocks positive")
+        if image_size % (1 << len(sides) - 1):
+            raise ValueError(f"channel_mults {spell(channel_mults)}: image_size {image_size} cannot be halved so often")
+        if not set(attn_resolutions) <= set(sides):
+            raise ValueError(f"attn_resolutions {spell(attn_resolutions)}: this network has {spell(sides)}")
+        levels = [(channels * mult, side in attn_resolutions) for mult, side in zip(channel_mults, sides)]
+
+        # Time embedding and first features.
         c_time = 4 * channels
         self.channels = channels
-        self.time_embedding = nn.ModuleDict({"linear_1": nn.Linear(channels, c_time), "linear_2": nn.Linear(c_time, c_time)})
+        linears = {"linear_1": nn.Linear(channels, c_time), "linear_2": nn.Linear(c_time, c_time)}
+        self.time_embedding = nn.ModuleDict(linears)
         self.conv_in = nn.Conv2d(3, channels, 3, padding=1)
 
+        # The way down. Every output is a skip connection.
         self.down_blocks = nn.ModuleList()
         skips = [channels]
         for level, (width, attends) in enumerate(levels, 1):
@@ -152,8 +465,9 @@ class UNet(nn.Module):
 
         self.mid_block = Stage([width, width], width, c_time, dropout, [True, False])
 
+        # The way up. Each ResBlock takes a skip connection beside what comes from below.
         self.up_blocks = nn.ModuleList()
-        below = width  # of what comes from the resolution below
+        below = width
         for level, (width, attends) in reversed(list(enumerate(levels))):
             inputs = [c_in + skips.pop() for c_in in [below] + [width] * res_blocks]
             up = [Upsample(width)] if level else []
@@ -162,19 +476,23 @@ class UNet(nn.Module):
 
         self.conv_norm_out = group_norm(width)
         self.conv_out = nn.Conv2d(width, 3, 3, padding=1)
+        self.initialize()
 
-        for name, module in self.named_modules():  # DDPM's variance scaling, fan_avg
+    def initialize(self):
+        """DDPM's variance scaling (fan_avg); zero for the last layer of each residual branch and of the network."""
+        for name, module in self.named_modules():
             if isinstance(module, (nn.Conv2d, nn.Linear)):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
-                if name.endswith(("conv2", "to_out.0", "conv_out")):  # the last of each residual branch, and of the network
+                if name.endswith(("conv2", "to_out.0", "conv_out")):
                     nn.init.zeros_(module.weight)
 
     def forward(self, x, t):
-        """x: [N, 3, H, H], H = image_size, values around [-1, 1]; t: int64 [N]. Returns eps, [N, 3, H, H]."""
+        """x: [N, 3, H, H], H = image_size, values around [-1, 1]; t: int64 [N]. Returns F, [N, 3, H, H]."""
         time_emb = self.time_embedding["linear_1"](sinusoidal_embedding(t, self.channels))
-        time_emb = F.silu(self.time_embedding["linear_2"](F.silu(time_emb)))  # each ResBlock would apply this SiLU again
+        time_emb = F.silu(self.time_embedding["linear_2"](F.silu(time_emb)))  # the SiLU of every ResBlock
         h = self.conv_in(x.to(self.conv_in.weight.dtype))
+
         skips = [h]
         for stage in self.down_blocks:
             for resnet, attention in zip(stage.resnets, stage.attentions):
@@ -183,168 +501,37 @@ class UNet(nn.Module):
             for downsample in stage.downsamplers:
                 h = downsample(h)
                 skips.append(h)
+
         for resnet, attention in zip(self.mid_block.resnets, self.mid_block.attentions):
             h = attention(resnet(h, time_emb))
+
         for stage in self.up_blocks:
             for resnet, attention in zip(stage.resnets, stage.attentions):
-                h = attention(resnet(torch.cat([h, skips.pop()], dim=1), time_emb))
+                h = torch.cat([h, skips.pop()], dim=1)
+                h = attention(resnet(h, time_emb))
             for upsample in stage.upsamplers:
                 h = upsample(h)
         return self.conv_out(F.silu(self.conv_norm_out(h), inplace=True))
 
 
-# ---- Diffusion -------------------------------------------------------------------------------------------------------
-
-
-class NoiseSchedule:
-    """Linear betas (DDPM Sec. 4). alphas_cumprod: float64 [timesteps] on the CPU, the alpha_t of the DDIM paper."""
-
-    def __init__(self, timesteps=1000, beta_start=1e-4, beta_end=0.02):
-        self.timesteps = timesteps
-        self.betas = torch.linspace(beta_start, beta_end, timesteps, dtype=torch.float64)
-        self.alphas_cumprod = torch.cumprod(1 - self.betas, dim=0)
-
-    def alpha(self, t):
-        """alphas_cumprod as a Python float; t = -1 is the clean image, alpha 1."""
-        return float(self.alphas_cumprod[t]) if t >= 0 else 1.0
-
-    def noise_ratio(self, t):
-        """sqrt((1 - alpha) / alpha), the sigma(t) of Eq. 14: x_t / sqrt(alpha) = x_0 + sigma(t) eps."""
-        return math.sqrt((1 - self.alpha(t)) / self.alpha(t))
-
-    @functools.lru_cache(maxsize=4)  # noqa: B019 (a schedule lives as long as its program)
-    def scales(self, device, dtype):
-        alphas = self.alphas_cumprod
-        return [scale.sqrt().to(dtype).to(device) for scale in (alphas, 1 - alphas)]  # in this order: MPS knows no float64
-
-    def add_noise(self, x_0, eps, t):
-        """x_t = sqrt(alpha_t) x_0 + sqrt(1 - alpha_t) eps (Eq. 4). x_0, eps: [N, ...]; t: int64 [N] in 0..timesteps-1."""
-        signal_scale, noise_scale = (scale[t].view(-1, *[1] * (x_0.ndim - 1)) for scale in self.scales(x_0.device, x_0.dtype))
-        return signal_scale * x_0 + noise_scale * eps
-
-
-TAUS = ("uniform", "quadratic", "karras")
-
-
-def ddim_timesteps(timesteps, steps, tau, schedule=None):
-    """The sub-sequence tau of 0..timesteps-1 that sampling visits (App. D.2): `steps` distinct ints, ascending.
-
-    tau: "uniform" floor(i T / S); "quadratic" floor(c i^2), the last at 0.8 T, as in the official code; "karras" equal steps in
-    sigma^(1/7), the sigma of Eq. 14 (arXiv 2206.00364, Eq. 5), by `schedule` (the default one of `timesteps` steps if None).
-    ValueError unless 1 <= steps <= timesteps.
-    """
-    if not 1 <= steps <= timesteps:
-        raise ValueError(f"steps must be in 1..{timesteps}, not {steps}")
-    i = np.arange(steps)
-    if tau == "uniform":
-        wanted = i * timesteps // steps
-    elif tau == "quadratic":
-        wanted = 4 * timesteps * i**2 // (5 * (steps - 1) ** 2) if steps > 1 else np.array([4 * timesteps // 5])
-    elif tau == "karras":
-        alphas = (schedule or NoiseSchedule(timesteps)).alphas_cumprod.numpy()
-        warped = ((1 - alphas) / alphas) ** (1 / 14)
-        wanted = np.interp(np.linspace(warped[-1], warped[0], steps)[::-1], warped, np.arange(timesteps)).round().astype(int)
-    else:
-        raise ValueError(f"tau must be one of {', '.join(TAUS)}, not {tau!r}")
-    distinct = np.maximum.accumulate(wanted - i) + i  # where values collide, the next free integer ...
-    return np.minimum(distinct, timesteps - steps + i).tolist()  # ... that leaves room for those to come
-
-
-@torch.inference_mode()
-def ddim_sample(model, x_T, schedule, tau, eta=0.0, *, order=1, clip_x0=False, noise=None, on_step=None):
-    """Walk from x_T to x_0 along tau (Eq. 12). Deterministic for eta = 0; eta = 1 has the variance of DDPM (Eq. 16).
-
-    model: any callable (x [N, ...], t int64 [N]) -> eps [N, ...]; x_T: [N, ...], float32 or float64, which the state keeps; tau:
-    ascending timesteps, as from ddim_timesteps. order 2: a second-order step at no further network evaluations, for eta = 0 only.
-    clip_x0: clamp each predicted x_0 to [-1, 1] and derive eps again. noise(): standard normal [N, ...] for eta > 0; else
-    torch.randn_like. on_step(t, x_0): called at each step. Returns x_0 like x_T. ValueError for eta outside [0, 1], or for
-    order 2 with eta > 0.
-    """
-    if not 0 <= eta <= 1 or order not in (1, 2) or (order == 2 and eta > 0):
-        raise ValueError(f"eta must be in [0, 1] and order 1 or 2, order 2 only with eta 0; not eta {eta}, order {order}")
-    x_t, eps_before, h_before = x_T, None, None
-    for t, t_prev in reversed(list(zip(tau, [-1, *tau[:-1]]))):
-        alpha, alpha_prev = schedule.alpha(t), schedule.alpha(t_prev)
-        eps = model(x_t, x_t.new_full((len(x_t),), t, dtype=torch.int64)).to(x_t.dtype)
-        if order == 2:  # Adams-Bashforth for d(x_t / sqrt(alpha_t)) = eps d sigma, Eq. 14
-            eps_here, h = eps, schedule.noise_ratio(t_prev) - schedule.noise_ratio(t)
-            if eps_before is not None:
-                eps = eps_here + h / (2 * h_before) * (eps_here - eps_before)
-            eps_before, h_before = eps_here, h
-        x_0 = (x_t - math.sqrt(1 - alpha) * eps) / math.sqrt(alpha)  # Eq. 9
-        if clip_x0:
-            x_0 = x_0.clamp(-1, 1)
-            eps = (x_t - math.sqrt(alpha) * x_0) / math.sqrt(1 - alpha)
-        sigma = eta * math.sqrt((1 - alpha_prev) / (1 - alpha)) * math.sqrt(1 - alpha / alpha_prev)  # Eq. 16
-        x_t = math.sqrt(alpha_prev) * x_0 + math.sqrt(max(0.0, 1 - alpha_prev - sigma**2)) * eps  # Eq. 12
-        if sigma > 0:
-            x_t += sigma * (noise() if noise else torch.randn_like(x_t))
-        if on_step:
-            on_step(t, x_0)
-    return x_t
-
-
-@torch.inference_mode()
-def ddim_encode(model, x_0, schedule, tau):
-    """Walk from x_0 to its code x_T: the ODE of ddim_sample, run the other way (Sec. 4.3, Eq. 14).
-
-    Arguments as for ddim_sample. eps is taken where a step starts; no network knows alpha = 1, so the first step asks for tau[0].
-    Returns x_T like x_0.
-    """
-    x_t = x_0
-    for t, t_next in zip([-1, *tau[:-1]], tau):
-        alpha, alpha_next = schedule.alpha(t), schedule.alpha(t_next)
-        eps = model(x_t, x_t.new_full((len(x_t),), max(t, tau[0]), dtype=torch.int64)).to(x_t.dtype)
-        x_t = math.sqrt(alpha_next) * (x_t / math.sqrt(alpha) + (schedule.noise_ratio(t_next) - schedule.noise_ratio(t)) * eps)
-    return x_t
-
-
-def slerp(a, b, weight):
-    """Spherical interpolation of noises, per image (App. D.5). a, b: [N, ...]; weight: float or [N]; 0 gives a, 1 gives b."""
-    weight = torch.as_tensor(weight, dtype=a.dtype).to(a.device).expand(len(a)).view(-1, *[1] * (a.ndim - 1))
-    norms = a.flatten(1).norm(dim=1) * b.flatten(1).norm(dim=1)
-    cosine = (a.flatten(1) * b.flatten(1)).sum(1) / norms.clamp(min=torch.finfo(a.dtype).tiny)
-    theta = cosine.clamp(-1, 1).acos().view_as(weight)
-    parallel = theta.sin() < 1e-6  # the arc is a line, or not unique
-    safe = torch.where(parallel, 1.0, theta.sin())
-    weight_a = torch.where(parallel, 1 - weight, ((1 - weight) * theta).sin() / safe)
-    weight_b = torch.where(parallel, weight, (weight * theta).sin() / safe)
-    return weight_a * a + weight_b * b
-
-
 # ---- Data ------------------------------------------------------------------------------------------------------------
-# Images are uint8 [N, 3, 32, 32] at rest. Every draw is a function of (seed, what for, position): nothing to save or to lose.
-# What for: 0 order, 1 flips, t and eps, 2 dropout, 3 held-out eps, 4 x_T, 5 noise of eta > 0, 6 first weights.
+# Images are uint8 [N, 3, 32, 32] at rest. Every draw is a function of (seed, purpose, position): no state to save.
 
-SIZE = 32
-HELD_OUT = 256  # images of the held-out loss
-CIFAR10_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"
-RANK, LOCAL_RANK = (int(os.environ.get(name, 0)) for name in ("RANK", "LOCAL_RANK"))  # this process, of those torchrun started
-WORLD_SIZE, LOCAL_WORLD_SIZE = (int(os.environ.get(name, 1)) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
-rng = np.random.default_rng  # of a tuple: seed, what for, position
-
-
-class UserError(Exception):
-    """A mistake or a misfortune that one line explains."""
-
-
-class Offline(UserError):
-    """CIFAR-10 is neither here nor to be downloaded."""
-
-
-def say(text, file=None):
-    """A line from the first process alone, that does not tear the progress bar."""
-    if RANK == 0:
-        tqdm.write(text, file=file or sys.stdout)
-        (file or sys.stdout).flush()
-
-
-def progress(items=None, **options):
-    return tqdm(items, disable=RANK > 0 or None, dynamic_ncols=True, **options)  # None: silent when stderr is no terminal
+ORDER, STEP, DROPOUT, VALIDATION, NOISE, ETA_NOISE, WEIGHTS = range(7)  # purposes
+rng = np.random.default_rng  # of a tuple: seed, purpose, position
 
 
 def torch_seed(*key):
     return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0])
+
+
+def to_float(images):
+    return images.float() / 127.5 - 1
+
+
+def to_uint8(x):
+    """[-1, 1] to 0..255, rounded and clamped: the inverse of to_float."""
+    return ((x + 1) * 127.5).clamp(0, 255).round().to(torch.uint8)
 
 
 def load_images(dataset, data_dir):
@@ -352,72 +539,575 @@ def load_images(dataset, data_dir):
     if dataset == "synthetic":
         return draw_shapes(10_000, seed=0), draw_shapes(HELD_OUT, seed=1)
     if dataset == "folder":
-        images = read_folder(Path(data_dir))
-        every = max(10, len(images) // HELD_OUT)
-        held_out = torch.arange(len(images)) % every == every - 1
-        return (images[~held_out], images[held_out]) if held_out.any() else (images, images)
-    return tuple(torch.from_numpy(split.data).permute(0, 3, 1, 2).contiguous() for split in open_cifar10(data_dir))
+        return hold_out(read_folder(Path(data_dir)))
+    train, test = open_cifar10(data_dir)
+    return to_images(train.data), to_images(test.data)
+
+
+def share(batch_size):
+    """This process's part of a batch."""
+    return slice(world.rank * batch_size // world.size, (world.rank + 1) * batch_size // world.size)
+
+
+@functools.lru_cache(maxsize=2)
+def permutation(seed, number, count):
+    """The order of the images in one pass over the data."""
+    return rng((seed, ORDER, number)).permutation(count)
+
+
+def batches(count, batch_size, seed, first, last):
+    """This process's indices of steps first .. last-1: every image once per pass, the passes end to end."""
+    for n in range(first, last):
+        positions = range(n * batch_size, (n + 1) * batch_size)[share(batch_size)]
+        yield [int(permutation(seed, position // count, count)[position % count]) for position in positions]
+
+
+def make_loader(images, order, device):
+    """Batches in that order. The tensor itself is the data set, and a list of indices takes one indexing operation."""
+    return torch.utils.data.DataLoader(images, batch_size=None, sampler=order, pin_memory=device.type == "cuda")
+
+
+def draw_step(n, batch_size, timesteps, seed, device):
+    """flip bool [B, 1, 1, 1], t int64 [B], eps float32 [B, 3, 32, 32] of step n: this process's share of one draw."""
+    generator = torch.Generator(device).manual_seed(torch_seed(seed, STEP, n))
+    options = {"generator": generator, "device": device}
+    flip = torch.rand(batch_size, 1, 1, 1, **options) < 0.5
+
+    # Each t is uniform, and those of a batch are evenly spread: arXiv 2107.00630, App. I.1.
+    spread = torch.arange(batch_size, device=device) * timesteps // batch_size
+    t = (spread + torch.randint(timesteps, (1,), **options)) % timesteps
+
+    eps = torch.randn(batch_size, 3, SIZE, SIZE, **options)
+    mine = share(batch_size)
+    return flip[mine], t[mine], eps[mine]
+
+
+# ---- Training --------------------------------------------------------------------------------------------------------
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum whose every step is made orthogonal, at the learning rates of Adam (arXiv 2502.16982, Eq. 4).
+
+    params: weights of two or more dimensions; a convolution counts as the matrix [out, k k in]. As with torch's fused
+    optimizers, a step whose found_inf is 1 leaves weights and momentum as they are, without waiting for the device.
+    """
+
+    def __init__(self, params, lr, momentum=0.95):
+        super().__init__(params, {"lr": lr, "momentum": momentum})
+        self.found_inf = torch.zeros(())
+
+    @torch.no_grad()
+    def step(self):
+        (group,) = self.param_groups
+        lr, momentum = group["lr"], group["momentum"]
+        stacks = {}
+        for weight in group["params"]:
+            stacks.setdefault(weight.shape, []).append(weight)
+
+        for weights in stacks.values():
+            # Stack the weights of one shape, so that a GPU sees few kernels. Columns are in the order of channels_last.
+            views = [weight.movedim(1, -1) for weight in weights]
+            buffers = [self.state[weight].setdefault("momentum", torch.zeros_like(weight)) for weight in weights]
+            buffers = [buffer.movedim(1, -1) for buffer in buffers]
+            gradient = torch.stack([weight.grad.movedim(1, -1).flatten(1) for weight in weights])  # [K, out, in k k]
+            average = torch.stack([buffer.flatten(1) for buffer in buffers])
+
+            # Nesterov momentum.
+            bad = self.found_inf.to(gradient.device) > 0
+            gradient = torch.where(bad, 0.0, gradient)
+            average = torch.where(bad, average, average.lerp(gradient, 1 - momentum))
+            direction = orthogonalize(gradient.lerp(average, momentum))
+
+            # 0.2 sqrt(max(out, in)) gives the step the root mean square of a step of Adam.
+            size = torch.where(bad, 0.0, -lr * 0.2 * math.sqrt(max(direction.shape[1:])))
+            torch._foreach_add_(views, list((size * direction).view(len(weights), *views[0].shape)))
+            torch._foreach_copy_(buffers, list(average.view(len(weights), *views[0].shape)))
+
+
+def orthogonalize(matrices, iterations=5):
+    """The singular vectors of each matrix with singular values near 1: the quintic Newton-Schulz iteration of Muon.
+
+    matrices: float32 [K, m, n]. The iteration X <- (a + b A + c A^2) X, A = X X^T, runs on the small A alone, and is
+    applied to X once at the end: the same result for a third of the products.
+    """
+    tall = matrices.shape[1] > matrices.shape[2]
+    x = matrices.mT if tall else matrices
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-30)
+    a, b, c = 3.4445, -4.7750, 2.0315
+    gram = x @ x.mT
+    product = None
+    for _ in range(iterations):
+        factor = b * gram + c * gram @ gram
+        factor.diagonal(dim1=1, dim2=2).add_(a)
+        product = factor if product is None else factor @ product
+        gram = factor @ gram @ factor
+    x = product @ x
+    return x.mT if tall else x
+
+
+def make_optimizers(model, name, lr):
+    """[Muon for weight matrices, Adam for the rest], or [Adam]. Matrices have at least 64 rows and columns."""
+    if name == "adam":
+        return [torch.optim.Adam(model.parameters(), lr=lr, fused=True)]
+    matrices, others = [], []
+    for parameter in model.parameters():
+        is_matrix = parameter.ndim >= 2 and min(len(parameter), parameter[0].numel()) >= 64
+        (matrices if is_matrix else others).append(parameter)
+    optimizers = [Muon(matrices, lr)] if matrices else []
+    return [*optimizers, torch.optim.Adam(others, lr=lr, fused=True)]
+
+
+class Trainer:
+    """What training changes, and a checkpoint holds: weights, their average, moments, and the steps taken."""
+
+    def __init__(self, model, schedule, config, runtime):
+        self.model, self.schedule, self.config, self.runtime = model.train(), schedule, config, runtime
+        self.steps = 0
+        self.optimizers = make_optimizers(model, config.optimizer, config.lr)
+        self.parameters = list(model.parameters())
+
+        # The average of the weights, used for sampling.
+        self.ema = copy.deepcopy(model).eval().requires_grad_(False)
+        self.averages = list(self.ema.parameters())
+
+        # The network as it is called: compiled, and with gradients averaged over processes.
+        network = runtime.compiled(model, config.total)
+        if world.size > 1:
+            network = nn.parallel.DistributedDataParallel(network, gradient_as_bucket_view=True)
+        self.predictor = NoisePredictor(network, schedule, config.predict)
+
+    def state_dict(self):
+        """The optimizer's moments go by the name of their parameter."""
+        moments = {parameter: state for optimizer in self.optimizers for parameter, state in optimizer.state.items()}
+        return {
+            "step": self.steps,
+            "model": self.model.state_dict(),
+            "ema": self.ema.state_dict(),
+            "optimizer": {name: moments[parameter] for name, parameter in self.model.named_parameters()},
+        }
+
+    def load_state_dict(self, state):
+        self.steps = state["step"]
+        self.model.load_state_dict(state["model"])
+        self.ema.load_state_dict(state["ema"])
+        parameters = dict(self.model.named_parameters())
+        for optimizer in self.optimizers:
+            mine = set(optimizer.param_groups[0]["params"])
+            for name, parameter in parameters.items():
+                if parameter in mine:
+                    optimizer.state[parameter] = laid_out_as(parameter, state["optimizer"][name])
+
+    def learning_rate(self, n):
+        """Linear warm-up, constant, linear decay to zero."""
+        config = self.config
+        warm = (n + 1) / max(1, config.warmup)
+        if not config.lr_decay:
+            return config.lr * min(1.0, warm)
+        to_zero = (config.total - n) / max(1, config.lr_decay * config.total)
+        return config.lr * min(1.0, warm, to_zero)
+
+    def loss(self, images, n):
+        """Eq. 5 with gamma = 1, for this process's uint8 images of step n."""
+        config, device = self.config, self.runtime.device
+        flip, t, eps = draw_step(n, config.batch_size, config.timesteps, config.seed, device)
+        torch.manual_seed(torch_seed(config.seed, DROPOUT, n, world.rank))
+
+        x_0 = to_float(images.to(device, non_blocking=True))
+        x_0 = torch.where(flip, x_0.flip(3), x_0)
+        x_t = self.schedule.add_noise(x_0, eps, t).contiguous(memory_format=torch.channels_last)
+        with self.runtime.autocast():
+            predicted = self.predictor(x_t, t)
+        per_image = (predicted - eps).square().mean((1, 2, 3))  # [N]: a weight for each t would multiply here
+        return per_image.mean()
+
+    def step(self, images):
+        """One optimizer step. Returns loss and gradient norm, as tensors, and the rate: nothing waits for a GPU."""
+        n = self.steps
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=True)
+        loss = self.loss(images, n)
+        loss.backward()
+        grad_norm = nn.utils.clip_grad_norm_(self.parameters, self.config.grad_clip)
+        loss = sum_over_processes(loss.detach()) / world.size
+
+        # Where loss or gradient is not finite, found_inf tells the optimizers to skip the step.
+        lr = self.learning_rate(n)
+        bad = (~(loss + grad_norm).isfinite()).float()
+        for optimizer in self.optimizers:
+            optimizer.param_groups[0]["lr"] = lr
+            optimizer.found_inf = bad
+            if self.runtime.device.type != "mps" or not bad:  # Metal's kernel ignores found_inf in some versions
+                optimizer.step()
+
+        # Average the weights: average = d average + (1 - d) parameter.
+        d = min(self.config.ema_decay, (1 + n) / (10 + n))
+        with torch.no_grad():
+            torch._foreach_lerp_(self.averages, self.parameters, 1 - d)
+        self.steps += 1
+        return loss, grad_norm, lr
+
+
+@torch.inference_mode()
+def held_out_loss(predictor, images, runtime):
+    """The loss for fixed eps and t, evenly spread. It falls while the training loss, noisy by nature, looks flat."""
+    schedule, device = predictor.schedule, runtime.device
+    x_0 = to_float(images[:HELD_OUT].to(device))
+    t = torch.arange(len(x_0), device=device) * schedule.timesteps // len(x_0)
+    eps = torch.from_numpy(rng((0, VALIDATION)).standard_normal(x_0.shape, dtype=np.float32)).to(device)
+    x_t = schedule.add_noise(x_0, eps, t).contiguous(memory_format=torch.channels_last)
+
+    total = torch.zeros((), device=device)
+    for first in range(32 * world.rank, len(x_t), 32 * world.size):
+        part = slice(first, first + 32)
+        with runtime.autocast():
+            predicted = predictor(x_t[part], t[part])
+        total += (predicted - eps[part]).square().sum()
+    return float(sum_over_processes(total)) / eps.numel()
+
+
+def train(trainer, images, held_out, preview):
+    """Take the steps that are left, write log and checkpoints, call preview(epoch) after each ddim_model_epoch_N.
+
+    Raises Stopped when a signal came, with a checkpoint saved, and Diverged after ten bad steps in a row.
+    """
+    config, runtime = trainer.config, trainer.runtime
+    order = batches(len(images), config.batch_size, config.seed, trainer.steps, config.total)
+    averaged = NoisePredictor(trainer.ema, trainer.schedule, config.predict)
+    log = Log(config, trainer.steps)
+    last_save = time.monotonic()
+
+    def save(name):
+        nonlocal last_save
+        save_checkpoint(config.folder / name, trainer)
+        runtime.saved = config.folder / name
+        last_save = time.monotonic()
+
+    signals = runtime.signals
+    with signals.postponed(), log.file, progress(total=config.total, initial=trainer.steps, unit="step") as bar:
+        for batch in make_loader(images, order, runtime.device):
+            loss, grad_norm, lr = trainer.step(batch)
+            log.add(trainer.steps, loss, grad_norm, lr)
+
+            # To fetch a loss is to wait for the device: on a GPU, only every tenth.
+            epoch_ends = trainer.steps % config.iterations == 0
+            due = runtime.device.type == "cpu" or trainer.steps % 10 == 0
+            stop_alone = signals.received and world.size == 1
+            if not (epoch_ends or due or stop_alone):
+                continue
+
+            # Log.
+            epoch = trainer.steps // config.iterations
+            run_ends = trainer.steps == config.total
+            periodic = epoch_ends and epoch % config.save_every == 0
+            bar.update(len(log.pending))
+            log.fetch()
+            val_loss = held_out_loss(averaged, held_out, runtime) if periodic or run_ends else None
+            bar.set_postfix_str(log.write(val_loss), refresh=False)
+            if log.bad_in_a_row >= 10:
+                raise Diverged(runtime.saved)
+            if epoch_ends:
+                log.end_epoch(epoch, val_loss)
+
+            # Save.
+            stop = max(gather(signals.received))  # all processes, or none
+            if periodic:
+                save(f"ddim_model_epoch_{epoch}.pth")
+            if run_ends:
+                save("ddim_model_final.pth")
+            elif stop or time.monotonic() - last_save >= 60 * config.save_minutes:
+                save("ddim_model_last.pth")
+            if stop:
+                raise Stopped(stop)
+
+            # Show.
+            if periodic:
+                with signals.heeded():
+                    preview(epoch)
+            log.restart_clock()
+
+
+# ---- Sampling --------------------------------------------------------------------------------------------------------
+
+
+class Sampler:
+    """Makes images by number. Image i comes from x_T of (seed, i) alone, whatever else is asked for."""
+
+    def __init__(self, model, schedule, config, runtime, evaluations=0):
+        self.model, self.schedule, self.config, self.runtime = model.eval(), schedule, config, runtime
+        network = runtime.compiled(model, evaluations)
+        self.compiled = network is not model
+        self.predictor = NoisePredictor(network, schedule, config.predict)
+        self.chunk_size = config.sample_batch_size or (512 if runtime.device.type == "cuda" else 64)
+        self.bar = tqdm(disable=True)
+
+    def eps(self, x, t):
+        with self.runtime.autocast():
+            eps = self.predictor(x, t)
+        self.bar.update(len(x) * world.size)
+        return eps
+
+    def normal(self, generators):
+        """Standard normal float32 [N, 3, 32, 32], an image from each generator."""
+        x = np.stack([generator.standard_normal((3, SIZE, SIZE), dtype=np.float32) for generator in generators])
+        return torch.from_numpy(x).to(self.runtime.device).contiguous(memory_format=torch.channels_last)
+
+    def noise(self, indices):
+        """x_T of these images."""
+        return self.normal([rng((self.config.seed, NOISE, i)) for i in indices])
+
+    def tau(self, steps):
+        return ddim_timesteps(self.schedule.timesteps, steps, self.config.tau, self.schedule)
+
+    def sample(self, indices, steps, x_T=None, on_step=None):
+        """x_0 of these images, float32 [N, 3, 32, 32]."""
+        config = self.config
+        if x_T is None:
+            x_T = self.noise(indices)
+        generators = [rng((config.seed, ETA_NOISE, i)) for i in indices]
+        options = {"order": config.order, "clip_x0": config.clip_x0, "on_step": on_step}
+        options["noise"] = lambda: self.normal(generators)
+        return ddim_sample(self.eps, x_T, self.schedule, self.tau(steps), config.eta, **options)
+
+
+def save_samples(sampler, path, count, export=None):
+    """The grid of the first 256; and all: an .npz, complete or absent, or a folder of PNGs, which can be continued."""
+    steps = sampler.config.steps
+    export = Path(export).resolve() if export else None
+    folder = export if export and export.suffix != ".npz" else None
+    archive = export if export and not folder else None
+
+    # What is to be drawn, and what is there.
+    present = set()
+    if folder:
+        present = gather(prepare_folder(folder, sampler, count) if world.rank == 0 else None)[0]
+    kept = np.zeros((count if archive else min(count, 256), SIZE, SIZE, 3), np.uint8)
+    wanted = [i for i in range(count if export else len(kept)) if i not in present]
+
+    # Draw.
+    def draw(indices):
+        return to_uint8(sampler.sample(indices, steps))
+
+    for chunk, images in in_chunks(sampler, wanted, draw, steps, "sampling"):
+        if world.rank > 0:
+            continue
+        for i, image in zip(chunk, images.permute(0, 2, 3, 1).numpy()):
+            if i < len(kept):
+                kept[i] = image
+            if folder:
+                save_png(image, folder / f"{i:05d}.png")
+    if world.rank > 0:
+        return
+
+    # Write.
+    for i in present & set(range(len(kept))):
+        kept[i] = np.asarray(Image.open(folder / f"{i:05d}.png"))
+    if archive:
+        write_atomically(archive, lambda file: np.savez(file, kept))
+    if export:
+        say(f"wrote {count:,} images to {export}")
+    save_grid(torch.from_numpy(kept[:256]).permute(0, 3, 1, 2), path)
+
+
+# ---- Experiments -----------------------------------------------------------------------------------------------------
+
+
+def trajectory(sampler):
+    """The predicted x_0 on the way from noise to picture: a row per image, and an animation of all of them."""
+    config = sampler.config
+    steps, count = config.steps, min(16, config.num_samples)
+
+    def frames(indices):
+        x_T = sampler.noise(indices)
+        seen = [to_uint8(x_T)]
+        sampler.sample(indices, steps, x_T, on_step=lambda t, x_0: seen.append(to_uint8(x_0)))
+        return torch.stack(seen, dim=1)
+
+    def evenly(most):
+        return np.linspace(0, steps, min(most, steps + 1)).round().astype(int).tolist()
+
+    films = compute_all(sampler, count, frames, steps, "trajectory")  # [count, 1 + steps, 3, 32, 32]
+
+    # The picture.
+    labels = ["x_T"] + [f"t={t}" for t in reversed(sampler.tau(steps))]
+    shown = evenly(11)
+    rows = films[:8, shown].flatten(0, 1)
+    labels = [labels[i] for i in shown]
+    save_grid(rows, config.folder / "ddim_trajectory.png", columns=len(shown), column_labels=labels)
+
+    # The animation.
+    first, *others = [draw_grid(films[:, i], scale=2) for i in evenly(26)]
+    options = {"save_all": True, "append_images": others, "duration": [120] * len(others) + [2000], "loop": 0}
+    path = config.folder / "ddim_trajectory.gif"
+    write_atomically(path, lambda file: first.save(file, "GIF", **options))
+    say(f"wrote {path}")
+
+
+def interpolation(sampler, columns=11):
+    """Pictures between pictures: slerp between pairs of x_T (App. D.5), a row per pair."""
+    config = sampler.config
+    pairs = min(8, max(1, config.num_samples // 2))
+
+    def between(indices):
+        row, column = np.divmod(indices, columns)
+        weight = torch.from_numpy(column / (columns - 1))
+        x_T = slerp(sampler.noise(2 * row), sampler.noise(2 * row + 1), weight)
+        return to_uint8(sampler.sample(indices, config.steps, x_T))
+
+    images = compute_all(sampler, pairs * columns, between, config.steps, "interpolation")
+    labels = [f"{column / (columns - 1):.1f}" for column in range(columns)]
+    save_grid(images, config.folder / "ddim_interpolation.png", columns=columns, column_labels=labels)
+
+
+def consistency(sampler):
+    """The same x_T at several S (Sec. 5.2): a row per image, a column per S; and how far each S ends from the last."""
+    config = sampler.config
+    count, lengths = min(256, config.num_samples), config.compared_steps
+    ends = []
+    for steps in lengths:
+
+        def end(indices, steps=steps):
+            return sampler.sample(indices, steps).clamp(-1, 1)
+
+        ends.append(compute_all(sampler, count, end, steps, f"S = {steps}"))
+
+    # The picture.
+    images = to_uint8(torch.stack([end[:8] for end in ends], dim=1)).flatten(0, 1)
+    labels = [f"S={steps}" for steps in lengths]
+    save_grid(images, config.folder / "ddim_consistency.png", columns=len(lengths), column_labels=labels)
+
+    # The distances, on [0, 1].
+    say(f"Mean squared distance of {count:,} images to those at S = {lengths[-1]}, per dimension on [0, 1]:")
+    distances = [((end - ends[-1]) / 2).square().mean().item() for end in ends]
+    save_table(config.folder / "ddim_consistency.csv", ("steps", "distance"), zip(lengths, distances))
+
+
+def reconstruction(sampler, test_images):
+    """Encode test images in S steps, decode them in S steps: a picture, and the error on [0, 1] of Table 2."""
+    config = sampler.config
+    count = min(len(test_images), config.num_samples)
+    shown = min(16, count)
+    paper = {10: 0.014, 20: 0.0065, 50: 0.0023, 100: 0.0009, 200: 0.0004, 500: 0.0001, 1000: 0.0001}  # Table 2
+
+    images, rows, labels = [test_images[:shown]], [], ["original"]
+    for steps in config.compared_steps:
+
+        def there_and_back(indices, steps=steps):
+            x_0 = to_float(test_images[indices].to(sampler.runtime.device))
+            x_0 = x_0.contiguous(memory_format=torch.channels_last)
+            x_T = ddim_encode(sampler.eps, x_0, sampler.schedule, sampler.tau(steps))
+            return sampler.sample(indices, steps, x_T)
+
+        decoded = compute_all(sampler, count, there_and_back, 2 * steps, f"reconstruction, S = {steps}")
+        error = ((decoded - to_float(test_images[:count])) / 2).square().mean().item()
+        rows.append((steps, error, paper.get(steps, "")))
+        images.append(to_uint8(decoded[:shown]))
+        labels.append(f"S={steps}")
+
+    save_grid(torch.cat(images), config.folder / "ddim_reconstruction.png", columns=shown, row_labels=labels)
+    say(f"Mean squared error of {count:,} reconstructed test images, per dimension on [0, 1], and of Table 2:")
+    save_table(config.folder / "ddim_reconstruction.csv", ("steps", "error", "paper"), rows)
+
+
+########################################################################################################################
+#  The chapter ends here. What follows keeps a run safe: skip it until something in it has to change.
+########################################################################################################################
+
+# ---- Sources ---------------------------------------------------------------------------------------------------------
+
+
+def to_images(pixels):
+    """uint8 [N, H, W, 3] of numpy as uint8 [N, 3, H, W]."""
+    return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
+
+
+def hold_out(images):
+    """Every tenth image, or fewer if there are many, is held out. If there are fewer than ten, none is."""
+    every = max(10, len(images) // HELD_OUT)
+    held_out = torch.arange(len(images)) % every == every - 1
+    if not held_out.any():
+        return images, images
+    return images[~held_out], images[held_out]
 
 
 def open_cifar10(data_dir):
-    """torchvision's train and test splits, downloaded if they are not in data_dir, md5-checked either way."""
-    from torchvision.datasets import CIFAR10, utils  # here: the import takes a second that other data sets need not wait for
+    """torchvision's training and test splits, downloaded if they are not in data_dir, md5-checked either way."""
+    from torchvision.datasets import CIFAR10, utils  # takes a second that other data sets need not wait for
 
-    with contextlib.suppress(RuntimeError):  # torchvision's word for "not there, or not whole"
+    # It is there. A RuntimeError is torchvision's word for "not there, or not whole".
+    with contextlib.suppress(RuntimeError):
         return [CIFAR10(data_dir, train) for train in (True, False)]
-    archive, timeout = Path(data_dir, CIFAR10.filename), socket.getdefaulttimeout()
-    found_here = archive.exists()
+
+    # A file of it is damaged. Looking before the download keeps what the user put there.
+    archive = Path(data_dir, CIFAR10.filename)
+    known = {archive: CIFAR10.tgz_md5}
+    for name, md5 in [*CIFAR10.train_list, *CIFAR10.test_list, (CIFAR10.meta["filename"], CIFAR10.meta["md5"])]:
+        known[Path(data_dir, CIFAR10.base_folder, name)] = md5
+    for file, md5 in known.items():
+        found = utils.calculate_md5(file) if file.is_file() else md5
+        if found != md5:
+            raise UserError(f"{file} is corrupt or cut short: its md5 is {found}, the right one {md5}; fetch it again")
+
+    # Download it.
+    say(f"Downloading CIFAR-10 (163 MB) to {Path(data_dir).resolve()}")
+    timeout = socket.getdefaulttimeout()
     socket.setdefaulttimeout(30)
+    quiet = contextlib.nullcontext() if sys.stderr.isatty() else contextlib.redirect_stderr(io.StringIO())
     try:
-        print(f"Downloading CIFAR-10 (163 MB) to {Path(data_dir).resolve()}", flush=True)
-        with contextlib.nullcontext() if sys.stderr.isatty() else contextlib.redirect_stderr(io.StringIO()):
+        with quiet:
             return [CIFAR10(data_dir, train, download=train) for train in (True, False)]
     except Exception as error:  # no network, a silent server, an archive cut short, no permission: each has its own
-        reason = getattr(error, "reason", error)
+        raise Offline(
+            f"CIFAR-10 is not in {Path(data_dir).resolve()} and could not be downloaded "
+            f"({getattr(error, 'reason', error)}). Fetch {CIFAR10_URL} (md5 {CIFAR10.tgz_md5}) into that folder, "
+            "or use --dataset synthetic"
+        ) from error
     finally:
         socket.setdefaulttimeout(timeout)
-        if archive.is_file() and not found_here and utils.calculate_md5(archive) != CIFAR10.tgz_md5:
+        if archive.is_file() and utils.calculate_md5(archive) != CIFAR10.tgz_md5:
             archive.unlink()  # a download that broke off
-    parts = [*CIFAR10.train_list, *CIFAR10.test_list, (CIFAR10.meta["filename"], CIFAR10.meta["md5"])]
-    known = {archive: CIFAR10.tgz_md5} | {Path(data_dir, CIFAR10.base_folder, name): md5 for name, md5 in parts}
-    for file, md5 in known.items():
-        if file.is_file() and (found := utils.calculate_md5(file)) != md5:
-            raise UserError(f"{file} is corrupt or cut short: its md5 is {found}, the right one {md5}; delete it, fetch it again")
-    raise Offline(
-        f"CIFAR-10 is not in {Path(data_dir).resolve()} and could not be downloaded ({reason}). Fetch {CIFAR10_URL} "
-        f"(md5 {CIFAR10.tgz_md5}) into that folder, or use --dataset synthetic"
-    )
 
 
 def read_folder(folder):
-    """Every readable image below the folder, in order of names: turned upright, resized, centre-cropped. The others are named."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.suffix.lower() in Image.registered_extensions())
+    """Every readable image below the folder, in order of names, as uint8 [N, 3, 32, 32]. The others are named."""
+    if not folder.is_dir():
+        raise UserError(f"--data-dir {folder}: no such folder")
 
     def read(path):
         try:
-            with Image.open(path) as image:
-                image.draft("RGB", (4 * SIZE, 4 * SIZE))  # a JPEG is decoded no larger than needed
-                image = ImageOps.exif_transpose(image)
-                if image.mode.startswith("I") or image.mode == "F":  # 16 bits and more, which Pillow would clip to 255
-                    pixels = np.asarray(image, dtype=np.float64)
-                    image = Image.fromarray((pixels / (257 if pixels.max() > 255 else 1)).clip(0, 255).round().astype(np.uint8))
-                if image.has_transparency_data:
-                    image = image.convert("RGBA")
-                    image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-                return np.asarray(ImageOps.fit(image.convert("RGB"), (SIZE, SIZE), Image.Resampling.LANCZOS))
+            return read_image(path)
         except Exception as error:  # Pillow's decoders raise nearly everything
             say(f"warning: skipped {path}: {error}", sys.stderr)
+            return None
 
+    extensions = Image.registered_extensions()
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.suffix.lower() in extensions)
     with ThreadPoolExecutor() as pool:
-        arrays = progress(pool.map(read, files), total=len(files), desc="reading", unit="image")
-        images = [array for array in arrays if array is not None]
+        arrays = list(progress(pool.map(read, files), total=len(files), desc="reading", unit="image"))
+    images = [array for array in arrays if array is not None]
+    if not files:
+        raise UserError(f"--data-dir {folder}: it holds no image files")
     if not images:
-        what = f"none of its {len(files)} image files can be read" if files else "it holds no image files"
-        what = what if folder.is_dir() else "no such folder"
-        raise UserError(f"--data-dir {folder}: {what}")
-    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()
+        raise UserError(f"--data-dir {folder}: none of its {len(files)} image files can be read")
+    return to_images(np.stack(images))
 
 
+def read_image(path):
+    """uint8 [32, 32, 3]: turned upright, transparency made white, resized and centre-cropped."""
+    with Image.open(path) as image:
+        image.draft("RGB", (4 * SIZE, 4 * SIZE))  # a JPEG is decoded no larger than needed
+        image = ImageOps.exif_transpose(image)
+        if image.mode.startswith("I") or image.mode == "F":  # 16 bits and more, which Pillow would clip to 255
+            pixels = np.asarray(image, dtype=np.float64)
+            pixels = pixels / (257 if pixels.max() > 255 else 1)
+            image = Image.fromarray(pixels.clip(0, 255).round().astype(np.uint8))
+        if image.has_transparency_data:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        image = ImageOps.fit(image.convert("RGB"), (SIZE, SIZE), Image.Resampling.LANCZOS)
+        return np.asarray(image)
+
+
+@functools.lru_cache(maxsize=2)
 def draw_shapes(count, seed):
     """Discs, squares and diamonds of any colour on shaded grounds: easy to learn, easy to judge."""
     draw = rng(seed)
@@ -426,556 +1116,42 @@ def draw_shapes(count, seed):
     def uniform(low, high, *shape):
         return torch.from_numpy(draw.uniform(low, high, (count, *shape, 1, 1)).astype(np.float32))
 
-    x, y, radius, slope_x, slope_y = (uniform(*limits) for limits in ((10, 21), (10, 21), (4, 10), (-1, 1), (-1, 1)))
+    x, y, radius = uniform(10, 21), uniform(10, 21), uniform(4, 10)
+    slope_x, slope_y = uniform(-1, 1), uniform(-1, 1)
     ground, ink = uniform(0, 255, 3), uniform(0, 255, 3)
-    side = torch.arange(SIZE, dtype=torch.float32)
-    dx, dy = (side - x).abs(), (side[:, None] - y).abs()
-    distance = torch.where(kind == 0, torch.hypot(dx, dy), torch.where(kind == 1, torch.maximum(dx, dy), dx + dy))
-    cover = (radius - distance + 0.5).clamp(0, 1)[:, None]  # one pixel of anti-aliasing
-    shade = 1 + (slope_x * (side / SIZE - 0.5) + slope_y * (side[:, None] / SIZE - 0.5))[:, None] / 2
+
+    # The shape: distances from its centre, and a cover with one pixel of anti-aliasing.
+    across = torch.arange(SIZE, dtype=torch.float32)
+    down = across[:, None]
+    dx, dy = (across - x).abs(), (down - y).abs()
+    square_or_diamond = torch.where(kind == 1, torch.maximum(dx, dy), dx + dy)
+    distance = torch.where(kind == 0, torch.hypot(dx, dy), square_or_diamond)
+    cover = (radius - distance + 0.5).clamp(0, 1)[:, None]
+
+    # The ground, and the shape on it.
+    slope = slope_x * (across / SIZE - 0.5) + slope_y * (down / SIZE - 0.5)
+    shade = 1 + slope[:, None] / 2
     return torch.lerp(ground * shade, ink, cover).round().clamp(0, 255).to(torch.uint8)
 
 
-class Order:
-    """For each step first .. last-1, this process's share of indices, from an endless chain of permutations, one per pass."""
-
-    def __init__(self, count, batch_size, seed, first, last, rank=RANK, world_size=WORLD_SIZE):
-        self.count, self.batch_size, self.steps = count, batch_size, range(first, last)
-        self.share = slice(rank * batch_size // world_size, (rank + 1) * batch_size // world_size)
-        self.permutation = functools.lru_cache(maxsize=2)(lambda number: rng((seed, 0, number)).permutation(count))
-
-    def __iter__(self):
-        for n in self.steps:
-            positions = range(n * self.batch_size, (n + 1) * self.batch_size)[self.share]
-            yield [int(self.permutation(position // self.count)[position % self.count]) for position in positions]
-
-
-def make_loader(images, order, device):
-    """Batches in that order; the tensor itself is the data set, and each list of indices one indexing operation."""
-    return torch.utils.data.DataLoader(images, batch_size=None, sampler=order, pin_memory=device.type == "cuda")
-
-
-def to_float(images):
-    return images.float() / 127.5 - 1
-
-
-class Draws:
-    """Flips, t and eps of step n, drawn on the device from (seed, n) for the whole global batch; a process takes its share."""
-
-    def __init__(self, batch_size, timesteps, seed, device, rank=RANK, world_size=WORLD_SIZE):
-        self.batch_size, self.timesteps, self.seed, self.device, self.rank = batch_size, timesteps, seed, device, rank
-        self.share = slice(rank * batch_size // world_size, (rank + 1) * batch_size // world_size)
-        self.generator = torch.Generator(device)
-
-    def __call__(self, n):
-        """flip bool [B, 1, 1, 1], t int64 [B], eps float32 [B, 3, 32, 32]; dropout's generator, torch's own, is set as well."""
-        self.generator.manual_seed(torch_seed(self.seed, 1, n))
-        torch.manual_seed(torch_seed(self.seed, 2, n, self.rank))
-        on = {"generator": self.generator, "device": self.device}
-        flip = torch.rand(self.batch_size, 1, 1, 1, **on) < 0.5
-        strata = torch.arange(self.batch_size, device=self.device) * self.timesteps // self.batch_size
-        t = (strata + torch.randint(self.timesteps, (1,), **on)) % self.timesteps  # uniform each, evenly spread: arXiv 2107.00630
-        eps = torch.randn(self.batch_size, 3, SIZE, SIZE, **on)
-        return flip[self.share], t[self.share], eps[self.share]
-
-
-# ---- Training --------------------------------------------------------------------------------------------------------
-
-
-def start_processes(asked):
-    """Join the processes that torchrun started, if it did, and return the device of this one."""
-    there = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available() + ["cpu"]
-    if asked not in ("auto", *there):
-        raise UserError(f"--device {asked}: not available here, where there is {', '.join(there)}")
-    device = torch.device(there[0] if asked == "auto" else asked)
-    if device.type == "cuda":
-        if torch.cuda.device_count() < LOCAL_WORLD_SIZE:
-            raise UserError(f"{LOCAL_WORLD_SIZE} processes for {torch.cuda.device_count()} GPUs: lower --nproc_per_node")
-        device = torch.device("cuda", LOCAL_RANK)
-        torch.cuda.set_device(device)
-    if LOCAL_WORLD_SIZE > 1 or "OMP_NUM_THREADS" not in os.environ:  # torchrun sets it to 1
-        torch.set_num_threads(max(1, available_cores() // LOCAL_WORLD_SIZE))
-    if WORLD_SIZE > 1:
-        patience = timedelta(hours=2)  # the others wait while the first downloads CIFAR-10
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=patience)
-    return device
-
-
-def available_cores():
-    """The cores this process may use, which in a container can be fewer than the host shows."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    with contextlib.suppress(OSError, ValueError):
-        quota, period = map(int, Path("/sys/fs/cgroup/cpu.max").read_text().split())  # "max 100000" without a limit
-        cores = min(cores, max(1, quota // period))
-    return cores
-
-
-def gather(item):
-    """The items of all processes, in order of rank."""
-    items = [item] * WORLD_SIZE
-    if WORLD_SIZE > 1:
-        dist.all_gather_object(items, item)
-    return items
-
-
-def sum_over_processes(tensor):
-    if WORLD_SIZE > 1:
-        dist.all_reduce(tensor)
-    return tensor
-
-
-class Stopped(BaseException):
-    """A signal asked for the end."""
-
-
-class Signals:
-    """Ctrl-C, SIGTERM and a closed terminal raise Stopped, at once or as soon as it is not postponed. A second Ctrl-C quits."""
-
-    received, since, postponed = 0, 0.0, False
-
-    def __enter__(self):
-        signums = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
-        heeded = [signum for signum in signums if signal.getsignal(signum) not in (signal.SIG_IGN, None)]  # SIG_IGN: under nohup
-        self.previous = {signum: signal.signal(signum, self.handle) for signum in heeded}
-        return self
-
-    def __exit__(self, *_):
-        for signum, handler in self.previous.items():
-            signal.signal(signum, handler)
-
-    def handle(self, signum, frame):
-        if signum == getattr(signal, "SIGHUP", None):  # the terminal is gone: writing to it would fail
-            for stream in (1, 2):
-                if stat.S_ISCHR(os.fstat(stream).st_mode):
-                    os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
-        if not self.received:
-            self.received, self.since = signum, time.monotonic()
-        elif signum == signal.SIGINT and ("RANK" not in os.environ or time.monotonic() - self.since > 1):  # torchrun repeats it
-            os._exit(128 + signum)
-        self.heed()
-
-    def postpone(self, postponed):
-        self.postponed = postponed
-        self.heed()
-
-    def heed(self):
-        if self.received and not self.postponed:
-            raise Stopped(self.received)
-
-
-def write_atomically(path, content):
-    """Write a text, or what content(file) writes: the file appears complete and on disk, or not at all. First process only."""
-    if RANK > 0:
-        return
-    path = Path(path)
-    temporary = path.with_name(path.name + ".tmp")
-    write = content if callable(content) else lambda file: file.write(content.encode())
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        if os.name == "posix":  # the rename, too, has to reach the disk
-            folder = os.open(path.parent, os.O_RDONLY)
-            os.fsync(folder)
-            os.close(folder)
-    except (OSError, RuntimeError) as error:  # torch.save hides a full disk in a RuntimeError
-        raise UserError(f"cannot write {path.resolve()}: {error.__context__ or error}") from error
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-
-
-@dataclass
-class State:
-    """What training changes, and a checkpoint holds."""
-
-    model: UNet
-    ema: UNet
-    optimizer: torch.optim.Optimizer
-    step: int = 0
-
-
-FORMAT = 1
-UNET_FLAGS = ("channels", "channel_mults", "res_blocks", "attn_resolutions", "dropout")
-SCHEDULE_FLAGS = ("timesteps", "beta_start", "beta_end")
-
-
-def save_checkpoint(path, state, config):
-    """Tensors and plain values only, so that torch.load(weights_only=True) reads it."""
-    parts = {"model": state.model.state_dict(), "ema": state.ema.state_dict(), "optimizer": state.optimizer.state_dict()}
-    write_atomically(path, lambda file: torch.save({"format": FORMAT, "config": config, "step": state.step, **parts}, file))
-
-
-def load_checkpoint(path, device):
-    """Read and validate a checkpoint, running nothing in it: a dict of format, config, step, model, ema, optimizer.
-
-    Published weights in diffusers' naming (.bin, .safetensors) give a dict of format, config (the network's flags) and ema alone.
-    UserError, naming the file and the reason, for anything else.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"checkpoint {path}: no such file")
-    try:
-        if zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip():  # torch.load does not look at the CRCs
-            raise UserError("damaged, a checksum is wrong")
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            safe = path.suffix == ".safetensors"
-            checkpoint = read_safetensors(path, device) if safe else torch.load(path, map_location=device, weights_only=True)
-        if "conv_in.weight" in checkpoint:
-            checkpoint = from_published(checkpoint)
-        validate(checkpoint)
-    except UserError as error:
-        raise UserError(f"checkpoint {path}: {error}") from error
-    except pickle.UnpicklingError as error:
-        raise UserError(f"checkpoint {path}: damaged, or more than tensors and plain values; nothing of it was run") from error
-    except Exception as error:  # zip, pickle and tensor readers have errors of many kinds
-        if out_of_memory(error):
-            raise
-        reason = f"{type(error).__name__}: {error}".splitlines()[0].split(". ")[0]
-        raise UserError(f"checkpoint {path}: damaged, cut short or not of this program ({reason})") from error
-    return checkpoint
-
-
-def validate(checkpoint):
-    """UserError, or another error, if anything a checkpoint should hold is missing, of another shape, or not finite."""
-    if checkpoint["format"] > FORMAT:
-        raise UserError(f"written by a newer version of this program (format {checkpoint['format']}, this one reads {FORMAT})")
-    with torch.device("meta"):
-        network = UNet(**{flag: checkpoint["config"][flag] for flag in UNET_FLAGS})
-    shapes = {name: value.shape for name, value in network.state_dict().items()}
-    parts = {"ema": checkpoint["ema"]}
-    if "step" in checkpoint or "model" in checkpoint or "optimizer" in checkpoint:
-        if not isinstance(checkpoint["step"], int) or checkpoint["step"] < 0:
-            raise UserError(f"its step is {checkpoint['step']!r}")
-        parts["model"] = checkpoint["model"]
-        moments = checkpoint["optimizer"]["state"]
-        for moment in ("exp_avg", "exp_avg_sq") if moments else ():
-            parts[f"optimizer's {moment}"] = {name: moments[i][moment] for i, name in enumerate(shapes)}
-    for part, tensors in parts.items():
-        if {name: tensor.shape for name, tensor in tensors.items()} != shapes:
-            raise UserError(f"its {part} does not fit the network of its config")
-        if not all(tensor.is_floating_point() and tensor.isfinite().all() for tensor in tensors.values()):
-            raise UserError(f"its {part} is not finite throughout")
-
-
-def read_safetensors(path, device):
-    """8 bytes of length, a JSON header, then the tensors: the whole format."""
-    data = path.read_bytes()
-    start = 8 + int.from_bytes(data[:8], "little")
-    tensors = {}
-    for name, entry in json.loads(data[8:start]).items():
-        if name != "__metadata__":
-            begin, end = (start + offset for offset in entry["data_offsets"])
-            dtype = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}[entry["dtype"]]
-            tensors[name] = torch.frombuffer(bytearray(data[begin:end]), dtype=dtype).view(entry["shape"]).float().to(device)
-    return tensors
-
-
-def from_published(weights):
-    """A checkpoint of a state dict in diffusers' naming, old or new; the network's flags are read off its keys and shapes."""
-    renamed = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
-    for old, new in renamed.items():
-        weights = {name.replace(old, new): value for name, value in weights.items()}
-    channels = len(weights["conv_in.weight"])
-    widths = [len(weights[name]) for i in range(9) if (name := f"down_blocks.{i}.resnets.0.conv1.weight") in weights]
-    config = {
-        "channels": channels,
-        "channel_mults": [width // channels for width in widths],
-        "res_blocks": sum(f"down_blocks.0.resnets.{i}.conv1.weight" in weights for i in range(99)),
-        "attn_resolutions": [SIZE >> i for i in range(9) if f"down_blocks.{i}.attentions.0.to_q.weight" in weights],
-        "dropout": 0.1,
-    }
-    return {"format": FORMAT, "config": config, "ema": weights}
-
-
-def mean_finite(losses):
-    finite = [loss for loss in losses if math.isfinite(loss)]
-    return sum(finite) / len(finite) if finite else math.nan
-
-
-def open_log(path, step):
-    """ddim_log.csv, open for more rows, and the seconds in it; rows behind `step`, where a run resumes, are dropped."""
-    if RANK > 0:
-        return open(os.devnull, "w"), 0.0
-    header = ["step", "epoch", "loss", "val_loss", "lr", "grad_norm", "images_per_s", "seconds"]
-    rows = [line.split(",") for line in path.read_text(errors="replace").splitlines()] if step and path.is_file() else []
-    whole = [row for row in rows if len(row) == len(header) and row[0].isdigit() and row[-1][-1:].isdigit()]  # not cut short
-    kept = [row for row in whole if int(row[0]) <= step]
-    write_atomically(path, "".join(",".join(row) + "\n" for row in [header, *kept]))
-    return open(path, "a", newline="\n", buffering=1), float(kept[-1][-1]) if kept else 0.0
-
-
-@dataclass
-class Run:
-    """Where and how the network runs."""
-
-    device: torch.device
-    signals: Signals
-    precision: str
-    compile: str
-    out_dir: Path
-    saved: Path | None = None  # the newest checkpoint
-
-    def autocast(self):
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
-
-    def compiled(self, network, evaluations):
-        """The network compiled, if that was asked for or so many evaluations of a batch earn back the minute it takes."""
-        able = importlib.util.find_spec("triton") and any(map(shutil.which, ("cc", "gcc", "clang")))
-        modern = self.device.type == "cuda" and torch.cuda.get_device_capability(self.device) >= (7, 0)
-        earned = modern and able and evaluations >= 2000
-        wanted = {"on": evaluations > 0, "auto": earned, "off": False}[self.compile]
-        return torch.compile(network) if wanted else network
-
-
-def choose_precision(asked, device):
-    """bf16 where matrix units compute it, at several times the speed of fp32: GPUs since Ampere, CPUs with AMX."""
-    if device.type == "cuda":
-        fast = torch.cuda.get_device_capability(device) >= (8, 0)
-    else:
-        fast = device.type == "cpu" and getattr(torch.cpu, "get_capabilities", dict)().get("amx_bf16", False)
-    return asked if asked != "auto" else "bf16" if fast else "fp32"
-
-
-@torch.inference_mode()
-def held_out_loss(model, images, schedule, run):
-    """The loss for fixed eps and t, evenly spread: it falls while the training loss, noisy by nature, looks flat."""
-    x_0, total = to_float(images[:HELD_OUT].to(run.device)), torch.zeros((), device=run.device)
-    t = torch.arange(len(x_0), device=run.device) * schedule.timesteps // len(x_0)
-    eps = torch.from_numpy(rng((0, 3)).standard_normal(x_0.shape, dtype=np.float32)).to(run.device)
-    x_t = schedule.add_noise(x_0, eps, t).contiguous(memory_format=torch.channels_last)
-    for first in range(32 * RANK, len(x_t), 32 * WORLD_SIZE):
-        part = slice(first, first + 32)
-        with run.autocast():
-            predicted = model(x_t[part], t[part])
-        total += (predicted.float() - eps[part]).square().sum()
-    return float(sum_over_processes(total)) / eps.numel()
-
-
-def make_step(state, schedule, args, run):
-    """step(batch): one optimizer step on uint8 images, this process's share; returns loss and gradient norm, unread, and lr."""
-    device, total = run.device, args.epochs * args.iterations
-    draws = Draws(args.batch_size, schedule.timesteps, args.seed, device)
-    snr = schedule.alphas_cumprod / (1 - schedule.alphas_cumprod)
-    gamma = (snr.clamp(max=args.min_snr or math.inf) / snr).float().to(device)  # 1, or min-SNR: arXiv 2303.09556
-    parameters, averages = list(state.model.parameters()), list(state.ema.parameters())
-    network = run.compiled(state.model.train(), total - state.step)
-    if WORLD_SIZE > 1:
-        network = nn.parallel.DistributedDataParallel(network, gradient_as_bucket_view=True)
-
-    def step(batch):  # nothing in here waits for the device
-        n = state.step
-        flip, t, eps = draws(n)
-        x_0 = to_float(batch.to(device, non_blocking=True))
-        x_t = schedule.add_noise(torch.where(flip, x_0.flip(3), x_0), eps, t)
-        with run.autocast():
-            predicted = network(x_t.contiguous(memory_format=torch.channels_last), t)
-        loss = (gamma[t] * (predicted.float() - eps).square().mean((1, 2, 3))).mean()  # Eq. 5
-        state.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        grad_norm = nn.utils.clip_grad_norm_(parameters, args.grad_clip)
-        loss = sum_over_processes(loss.detach()) / WORLD_SIZE
-        to_zero = (total - n) / max(1, args.lr_decay * total) if args.lr_decay else 1.0
-        lr = args.lr * min(1.0, (n + 1) / max(1, args.warmup), to_zero)  # linear warm-up, constant, linear decay
-        state.optimizer.param_groups[0]["lr"] = lr
-        state.optimizer.found_inf = (~(loss + grad_norm).isfinite()).float()  # 1: the fused kernel leaves everything as it is
-        if device.type != "mps" or not state.optimizer.found_inf:  # Metal's kernel passes over found_inf in some versions
-            state.optimizer.step()
-        with torch.no_grad():  # average = d average + (1 - d) parameter
-            d = min(args.ema_decay, (1 + n) / (10 + n))
-            torch._foreach_lerp_(averages, parameters, 1 - d)
-        state.step += 1
-        return loss, grad_norm, lr
-
-    return step
-
-
-def train(state, images, held_out, schedule, args, run, preview):
-    """Take the steps that are left, write log and checkpoints, call preview(epoch) after each ddim_model_epoch_N.
-
-    Raises Stopped when a signal came, with a checkpoint saved, and FloatingPointError after ten bad steps in a row.
-    """
-    total = args.epochs * args.iterations
-    loader = make_loader(images, Order(len(images), args.batch_size, args.seed, state.step, total), run.device)
-    step = make_step(state, schedule, args, run)
-
-    def save(name):
-        nonlocal last_save
-        save_checkpoint(run.out_dir / name, state, vars(args))
-        say(f"saved {run.out_dir / name}")
-        run.saved, last_save = run.out_dir / name, time.monotonic()
-
-    log, seconds = open_log(run.out_dir / "ddim_log.csv", state.step)
-    read_every = 1 if run.device.type == "cpu" else 10  # to read a loss is to wait for the device
-    pending, losses, recent, epoch_began, bad, skipped = [], [], [], seconds, 0, 0
-    clock = last_save = time.monotonic()
-    run.signals.postpone(True)
-    with log, progress(total=total, initial=state.step, unit="step") as bar:
-        for batch in loader:
-            pending.append(step(batch))
-            epoch, epoch_ends = state.step // args.iterations, state.step % args.iterations == 0
-            if not epoch_ends and state.step % read_every and not (run.signals.received and WORLD_SIZE == 1):
-                continue
-
-            read, norms, rates = zip(*pending)
-            read, norms = torch.stack([*read, *norms]).view(2, -1).tolist()  # one wait for the device
-            each = (time.monotonic() - clock) / len(pending)
-            periodic = epoch_ends and epoch % args.save_every == 0
-            val_loss = held_out_loss(state.ema, held_out, schedule, run) if periodic or state.step == total else ""
-            for n, loss, grad_norm, lr in zip(range(state.step - len(pending) + 1, state.step + 1), read, norms, rates):
-                seconds += each
-                taken = val_loss if n == state.step else ""
-                row = [n, (n - 1) // args.iterations + 1, loss, taken, lr, grad_norm, args.batch_size / each, seconds]
-                log.write(",".join(f"{value:.7g}" if isinstance(value, float) else str(value) for value in row) + "\n")
-                bad = 0 if math.isfinite(loss + grad_norm) else bad + 1
-                skipped += bad > 0
-            losses += read
-            recent = [*recent, *read][-100:]
-            bar.set_postfix_str(f"loss {mean_finite(recent):.4f}, {args.batch_size / each:,.1f} images/s", refresh=False)
-            bar.update(len(pending))
-            pending.clear()
-            if bad >= 10:
-                good = f"The last good checkpoint is {run.saved}" if run.saved else "No checkpoint had been saved"
-                raise FloatingPointError(f"10 steps in a row without a finite loss or gradient; try a lower --lr. {good}")
-            if epoch_ends:
-                line = f"epoch {epoch}/{args.epochs}  step {state.step:,}  loss {mean_finite(losses):.4f}"
-                line += f"  held-out loss {val_loss:.4f}" if val_loss != "" else ""
-                line += f"  {args.batch_size * len(losses) / (seconds - epoch_began):,.1f} images/s"
-                say(line + (f"  {skipped} bad steps skipped" if skipped else ""))
-                losses, epoch_began = [], seconds
-
-            stop = max(gather(run.signals.received))
-            if periodic:
-                save(f"ddim_model_epoch_{epoch}.pth")
-            if state.step == total:
-                save("ddim_model_final.pth")
-            elif stop or time.monotonic() - last_save >= 60 * args.save_minutes:
-                save("ddim_model_last.pth")
-            if stop:
-                raise Stopped(stop)
-            if periodic:
-                run.signals.postpone(False)
-                preview(epoch)
-                run.signals.postpone(True)
-            clock = time.monotonic()
-    run.signals.postpone(False)
-
-
-# ---- Pictures --------------------------------------------------------------------------------------------------------
-
-
-def to_uint8(x):
-    """[-1, 1] to 0..255, rounded and clamped: the inverse of u8 / 127.5 - 1."""
-    return ((x + 1) * 127.5).clamp(0, 255).round().to(torch.uint8)
-
-
-class Sampler:
-    """Makes images by number. Image i comes from x_T of (seed, i) alone, whatever else is asked for, on any processes."""
-
-    def __init__(self, model, schedule, args, run, evaluations=0):
-        self.model, self.schedule, self.args, self.run = model.eval(), schedule, args, run
-        network = bf16_layers(model) if run.precision == "bf16" else model
-        self.network = run.compiled(network, evaluations)
-        self.fixed_size = self.network is not network  # another batch size would be compiled anew
-        self.bar = tqdm(disable=True)
-
-    def eps(self, x, t):
-        with self.run.autocast():
-            eps = self.network(x, t)
-        self.bar.update(len(x) * WORLD_SIZE)
-        return eps
-
-    def noise(self, indices):
-        x_T = self.normal([rng((self.args.seed, 4, i)) for i in indices])
-        if self.args.standardize_noise:
-            x_T = (x_T - x_T.mean((2, 3), keepdim=True)) / x_T.std((2, 3), keepdim=True)
-        return x_T
-
-    def normal(self, generators):
-        x = np.stack([generator.standard_normal((3, SIZE, SIZE), dtype=np.float32) for generator in generators])
-        return torch.from_numpy(x).to(self.run.device).contiguous(memory_format=torch.channels_last)
-
-    def tau(self, steps):
-        return ddim_timesteps(self.schedule.timesteps, steps, self.args.tau, self.schedule)
-
-    def sample(self, indices, steps, x_T=None, **options):
-        x_T = self.noise(indices) if x_T is None else x_T
-        generators = [rng((self.args.seed, 5, i)) for i in indices] if self.args.eta else []
-        options |= {"order": self.args.order, "clip_x0": self.args.clip_x0, "noise": lambda: self.normal(generators)}
-        return ddim_sample(self.eps, x_T, self.schedule, self.tau(steps), self.args.eta, **options)
-
-    @torch.inference_mode()
-    def batch_size(self):
-        if self.args.sample_batch_size:
-            return self.args.sample_batch_size
-        if self.run.device.type != "cuda":
-            return 64
-        probe = self.noise(range(16))
-        before = torch.cuda.memory_allocated()
-        for _ in range(2):  # the first also holds what the choice of convolutions tries
-            torch.cuda.reset_peak_memory_stats()
-            self.model(probe, torch.zeros(16, dtype=torch.int64, device=probe.device))  # eager, in float32: an upper bound
-        per_image = (torch.cuda.max_memory_allocated() - before) / len(probe)
-        torch.cuda.empty_cache()
-        return max(1, min(2048, int(0.8 * torch.cuda.mem_get_info()[0] / per_image)))
-
-    def over(self, indices, function, evaluations, desc):
-        """Yield (chunk, rows) in order, on every process; each computes its share. rows = function(chunk), one per index.
-
-        evaluations: of the network, per index, for the bar.
-        """
-        count = math.ceil(len(indices) / (min(gather(self.batch_size())) * WORLD_SIZE)) * WORLD_SIZE
-        chunks = [chunk.tolist() for chunk in np.array_split(np.asarray(indices), max(1, count)) if len(chunk)]
-        plain = "{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}"
-        with progress(total=len(indices) * evaluations, desc=desc, bar_format=plain) as self.bar:
-            for first in range(0, len(chunks), WORLD_SIZE):
-                turn = chunks[first : first + WORLD_SIZE]
-                mine = self.halving(function, turn[RANK], len(chunks[0])) if len(turn) > RANK else None
-                yield from zip(turn, gather(mine))
-
-    def halving(self, function, chunk, size):
-        """function(chunk), in halves where memory does not suffice."""
-        padding = [chunk[-1]] * (size - len(chunk)) if self.fixed_size else []
-        try:
-            return function(chunk + padding)[: len(chunk)].cpu()
-        except (MemoryError, RuntimeError) as error:
-            if not out_of_memory(error) or len(chunk) == 1:
-                raise
-        torch.cuda.empty_cache()
-        half = math.ceil(len(chunk) / 2)
-        return torch.cat([self.halving(function, part, half) for part in (chunk[:half], chunk[half:])])
-
-    def all(self, count, function, evaluations, desc):
-        return torch.cat([result for _, result in self.over(range(count), function, evaluations, desc)])
-
-
-def bf16_layers(model):
-    """A copy whose convolutions and linear layers hold the bfloat16 values to which autocast would round them each time."""
-    model = copy.deepcopy(model)
-    for layer in model.modules():
-        if isinstance(layer, (nn.Conv2d, nn.Linear)):
-            layer.bfloat16()
-    return model
-
-
-def out_of_memory(error):
-    words = ("out of memory", "not enough memory", "allocate memory", "ALLOC_FAILED")  # GPUs, Windows, Linux, CUDA's libraries
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(word in str(error) for word in words)
+# ---- Pictures, tables, the log ---------------------------------------------------------------------------------------
 
 
 def draw_grid(images, columns=None, row_labels=(), column_labels=(), scale=None):
-    """A Pillow image of uint8 [N, 3, H, W] in rows, ceil(sqrt(N)) wide by default, with labels at the left and on top."""
+    """A Pillow image of uint8 [N, 3, H, W] in rows, ceil(sqrt(N)) wide by default, with labels left and on top."""
     columns = columns or math.ceil(math.sqrt(len(images)))
+    rows = math.ceil(len(images) / columns)
     side = SIZE * (scale or max(1, min(3, 560 // (columns * SIZE))))
-    left, top, pitch = 6 * max(map(len, row_labels), default=-1) + 8, 16 if column_labels else 2, side + 2
-    sheet = Image.new("RGB", (left + columns * pitch, top + math.ceil(len(images) / columns) * pitch), "white")
+    pitch = side + 2
+    left = 6 * max(map(len, row_labels), default=-1) + 8
+    top = 16 if column_labels else 2
+
+    sheet = Image.new("RGB", (left + columns * pitch, top + rows * pitch), "white")
     for i, image in enumerate(images):
+        row, column = divmod(i, columns)
         tile = Image.fromarray(image.permute(1, 2, 0).numpy()).resize((side, side), Image.Resampling.NEAREST)
-        sheet.paste(tile, (left + i % columns * pitch, top + i // columns * pitch))
+        sheet.paste(tile, (left + column * pitch, top + row * pitch))
+
     draw = ImageDraw.Draw(sheet)
     for row, label in enumerate(row_labels):
         draw.text((left - 5, top + row * pitch + side / 2), label, "black", anchor="rm")
@@ -990,147 +1166,659 @@ def save_grid(images, path, **layout):
     say(f"wrote {path}")
 
 
-def save_samples(sampler, path, count, export=None):
-    """The grid of the first 256; and all: an .npz, complete or absent, or a folder of PNGs, which goes on where it stopped."""
-    steps, export = sampler.args.sample_steps[-1], Path(export).resolve() if export else None
-    archive, folder = (export, None) if export and export.suffix == ".npz" else (None, export)
-    kept = np.zeros((count if archive else min(count, 256), SIZE, SIZE, 3), np.uint8)  # all, or those of the grid
-    todo = range(count if export else len(kept))
-    if folder:
-        todo = gather(prepare_folder(folder, sampler, count) if RANK == 0 else None)[0]
-
-    def keep(chunk, images):
-        for i, image in zip(chunk, images.permute(0, 2, 3, 1).numpy()):
-            if i < len(kept):
-                kept[i] = image
-            if folder:
-                try:
-                    Image.fromarray(image).save(folder / "unfinished.tmp", "PNG")
-                    os.replace(folder / "unfinished.tmp", folder / f"{i:05d}.png")
-                except OSError as error:
-                    raise UserError(f"cannot write {folder / f'{i:05d}.png'}: {error}") from error
-
-    with ThreadPoolExecutor(1) as pool:  # files are written while the next images are computed
-        writing = pool.submit(int)  # nothing yet
-        for chunk, images in sampler.over(todo, lambda chunk: to_uint8(sampler.sample(chunk, steps)), steps, "sampling"):
-            writing.result()  # a full disk ends the run now
-            writing = pool.submit(keep, chunk, images) if RANK == 0 else writing
-        writing.result()
-    if RANK > 0:
-        return
-    for i in set(range(len(kept))) - set(todo):  # drawn by the run that was stopped
-        kept[i] = np.asarray(Image.open(folder / f"{i:05d}.png"))
-    if archive:
-        write_atomically(archive, lambda file: np.savez(file, kept))
-    if export:
-        say(f"wrote {count:,} images to {export}")
-    save_grid(torch.from_numpy(kept[:256]).permute(0, 3, 1, 2), path)
-
-
-def prepare_folder(folder, sampler, count):
-    """The folder holds images of one origin, which a hidden file states, and no more than asked for; returns those it lacks."""
-    note, weights = folder / ".origin.json", sampler.model.state_dict().values()
-    names = ("seed", "sample_steps", "tau", "order", "eta", "clip_x0", "standardize_noise", *SCHEDULE_FLAGS)
-    flags = {name: getattr(sampler.args, name) for name in names}
-    crc = functools.reduce(lambda crc, value: zlib.crc32(value.cpu().numpy().tobytes(), crc), weights, 0)
-    origin = json.dumps({"weights_crc32": crc, "precision": sampler.run.precision, **flags})
-    folder.mkdir(parents=True, exist_ok=True)
-    present = {entry.name for entry in folder.iterdir()} - {"unfinished.tmp", f"{note.name}.tmp"}  # of a run that was killed
-    known = note.read_text(errors="replace") if note.name in present else None
-    wanted = {f"{i:05d}.png": i for i in range(count)}
-    if (present and known != origin) or present - wanted.keys() - {note.name}:
-        raise UserError(f"--export {folder}: it holds other files, or images of other weights or settings; choose another")
-    (folder / "unfinished.tmp").unlink(missing_ok=True)
-    write_atomically(note, origin)
-    return [i for name, i in wanted.items() if name not in present]
-
-
-def trajectory(sampler, out_dir):
-    """The predicted x_0 on the way from noise to picture: a row per image, and an animation of all of them."""
-    steps, count = sampler.args.sample_steps[-1], min(16, sampler.args.num_samples)
-
-    def frames(indices):
-        x_T = sampler.noise(indices)
-        seen = [to_uint8(x_T)]
-        sampler.sample(indices, steps, x_T, on_step=lambda t, x_0: seen.append(to_uint8(x_0)))
-        return torch.stack(seen, dim=1)
-
-    films = sampler.all(count, frames, steps, "trajectory")  # [count, 1 + steps, 3, 32, 32]
-    labels = ["x_T"] + [f"t={t}" for t in reversed(sampler.tau(steps))]
-    chosen = np.linspace(0, steps, min(11, steps + 1)).round().astype(int).tolist()
-    rows = films[:8, chosen].flatten(0, 1)
-    save_grid(rows, out_dir / "ddim_trajectory.png", columns=len(chosen), column_labels=[labels[i] for i in chosen])
-    sheets = [draw_grid(films[:, i], scale=2) for i in np.linspace(0, steps, min(26, steps + 1)).round().astype(int)]
-    options = {"save_all": True, "append_images": sheets[1:], "duration": [120] * (len(sheets) - 1) + [2000], "loop": 0}
-    write_atomically(out_dir / "ddim_trajectory.gif", lambda file: sheets[0].save(file, "GIF", **options))
-    say(f"wrote {out_dir / 'ddim_trajectory.gif'}")
-
-
-def interpolation(sampler, out_dir, columns=11):
-    """Pictures between pictures: slerp between pairs of x_T (App. D.5), a row per pair."""
-    pairs, steps = min(8, max(1, sampler.args.num_samples // 2)), sampler.args.sample_steps[-1]
-
-    def between(indices):
-        row, column = np.divmod(indices, columns)
-        x_T = slerp(sampler.noise(2 * row), sampler.noise(2 * row + 1), torch.from_numpy(column / (columns - 1)))
-        return to_uint8(sampler.sample(indices, steps, x_T))
-
-    images = sampler.all(pairs * columns, between, steps, "interpolation")
-    labels = [f"{column / (columns - 1):.1f}" for column in range(columns)]
-    save_grid(images, out_dir / "ddim_interpolation.png", columns=columns, column_labels=labels)
-
-
-def consistency(sampler, out_dir):
-    """The same x_T at several S (Sec. 5.2): a row per image, a column per S; and how far each S ends from the last, on [0, 1]."""
-    count, lengths = min(256, sampler.args.num_samples), sampler.args.compared_steps
-    columns = [sampler.all(count, lambda chunk, S=S: sampler.sample(chunk, S).clamp(-1, 1), S, f"S = {S}") for S in lengths]
-    images = to_uint8(torch.stack([column[:8] for column in columns], dim=1)).flatten(0, 1)
-    save_grid(images, out_dir / "ddim_consistency.png", columns=len(lengths), column_labels=[f"S={S}" for S in lengths])
-    rows = [(S, ((column - columns[-1]) / 2).square().mean().item()) for S, column in zip(lengths, columns)]  # on [0, 1]
-    say(f"Mean squared distance of {count:,} images to those at S = {lengths[-1]}, per dimension on [0, 1]:")
-    save_table(out_dir / "ddim_consistency.csv", ("steps", "distance"), rows)
-
-
-def reconstruction(sampler, out_dir, test_images):
-    """Encode test images in S steps, decode them in S steps: a picture, and the error on [0, 1] of Table 2."""
-    count = min(len(test_images), sampler.args.num_samples)
-    shown = min(16, count)
-    paper = {10: 0.014, 20: 0.0065, 50: 0.0023, 100: 0.0009, 200: 0.0004, 500: 0.0001, 1000: 0.0001}  # Table 2
-    images, rows, labels = [test_images[:shown]], [], ["original"]
-    for S in sampler.args.compared_steps:
-
-        def there_and_back(indices, S=S):
-            x_0 = to_float(test_images[indices].to(sampler.run.device)).contiguous(memory_format=torch.channels_last)
-            return sampler.sample(indices, S, x_T=ddim_encode(sampler.eps, x_0, sampler.schedule, sampler.tau(S)))
-
-        decoded = sampler.all(count, there_and_back, 2 * S, f"reconstruction, S = {S}")
-        error = ((decoded - to_float(test_images[:count])) / 2).square().mean().item()  # on [0, 1]
-        rows.append((S, error, paper.get(S, "")))
-        images.append(to_uint8(decoded[:shown]))
-        labels.append(f"S={S}")
-    save_grid(torch.cat(images), out_dir / "ddim_reconstruction.png", columns=shown, row_labels=labels)
-    say(f"Mean squared error of {count:,} reconstructed test images, per dimension on [0, 1], beside the paper's (Table 2):")
-    save_table(out_dir / "ddim_reconstruction.csv", ("steps", "error", "paper"), rows)
-
-
 def save_table(path, header, rows):
     """Show a table, and write it as CSV."""
-    rows = [[f"{cell:.4g}" if isinstance(cell, float) else str(cell) for cell in row] for row in (header, *rows)]
-    say("\n".join("".join(f"{cell:>12}" for cell in row) for row in rows))
-    write_atomically(path, "".join(",".join(row) + "\n" for row in rows))
+    cells = [[f"{cell:.4g}" if isinstance(cell, float) else str(cell) for cell in row] for row in (header, *rows)]
+    for row in cells:
+        say("".join(f"{cell:>12}" for cell in row))
+    write_atomically(path, "".join(",".join(row) + "\n" for row in cells))
     say(f"wrote {path}")
 
 
-# ---- Command ---------------------------------------------------------------------------------------------------------
+def save_png(image, path):
+    """A PNG of uint8 [H, W, 3] that is complete or absent, but not forced to the disk: there are thousands."""
+    temporary = path.with_name("unfinished.tmp")
+    try:
+        Image.fromarray(image).save(temporary, "PNG")
+        os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error}") from error
 
-TRAINING_FLAGS = ("epochs", "iterations", "batch_size", "lr", "warmup", "lr_decay", "grad_clip", "min_snr", "ema_decay")
-TRAINING_FLAGS += ("save_every", "save_minutes")
-PLACE_FLAGS = ("resume", "sample", "device", "out_dir", "export", "export_weights")  # of this run, not of the model
-EXPERIMENTS = ("trajectory", "interpolate", "consistency", "reconstruct")
+
+def prepare_folder(folder, sampler, count):
+    """Make sure that the folder holds images of one origin, and no more than asked for. Returns the numbers it holds.
+
+    A hidden file states the origin: the weights, and every setting on which an image depends.
+    """
+    config = sampler.config
+    origin = {"weights_crc32": 0, "precision": sampler.runtime.precision, "seed": config.seed, "steps": config.steps}
+    origin |= config.of(SCHEDULE) | {
+        name: getattr(config, name) for name in ("predict", "tau", "order", "eta", "clip_x0")
+    }
+    for value in sampler.model.state_dict().values():
+        origin["weights_crc32"] = zlib.crc32(value.cpu().numpy().tobytes(), origin["weights_crc32"])
+
+    # Compare it with what is there.
+    note = folder / ".origin.json"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "unfinished.tmp").unlink(missing_ok=True)  # of a run that was killed
+    there = {entry.name for entry in folder.iterdir()} - {f"{note.name}.tmp"}
+    known = note.name in there and note.read_text(errors="replace") == json.dumps(origin)
+    wanted = {f"{i:05d}.png": i for i in range(count)}
+    if (there and not known) or there - wanted.keys() - {note.name}:
+        raise UserError(
+            f"--export {folder}: it holds other files, or images of other weights or settings; choose another"
+        )
+    write_atomically(note, json.dumps(origin))
+    return {i for name, i in wanted.items() if name in there}
+
+
+class Log:
+    """ddim_log.csv, a row per step. Steps are added as they are taken, and fetched and written some at a time."""
+
+    columns = ("step", "epoch", "loss", "val_loss", "lr", "grad_norm", "images_per_s", "seconds")
+
+    def __init__(self, config, step):
+        """Open for more rows. Those behind `step`, where a run resumes, are dropped."""
+        path = config.folder / "ddim_log.csv"
+        rows = self.read(path, step) if step and world.rank == 0 else []
+        write_atomically(path, "".join(",".join(row) + "\n" for row in [self.columns, *rows]))
+        self.file = open(path if world.rank == 0 else os.devnull, "a", newline="\n", buffering=1)
+        self.config = config
+        self.pending = []  # added, but not fetched
+        self.fetched = []
+        self.of_epoch, self.recent = [], []  # losses
+        self.seconds = self.epoch_began = float(rows[-1][-1]) if rows else 0.0
+        self.bad_in_a_row = self.skipped = 0
+        self.restart_clock()
+
+    def read(self, path, step):
+        """The rows up to this step. A row that was cut short, even inside its last field, is dropped."""
+        if not path.is_file():
+            return []
+        rows = [line.split(",") for line in path.read_text(errors="replace").splitlines()]
+        whole = [row for row in rows if len(row) == len(self.columns) and row[0].isdigit() and row[-1][-1:].isdigit()]
+        return [row for row in whole if int(row[0]) <= step]
+
+    def restart_clock(self):
+        self.clock = time.monotonic()
+
+    def add(self, step, loss, grad_norm, lr):
+        self.pending.append((step, loss, grad_norm, lr))
+
+    def fetch(self):
+        """Read what was added, which waits for the device, and take the time."""
+        steps, losses, norms, rates = zip(*self.pending)
+        values = torch.stack([*losses, *norms]).tolist()  # waits once
+        self.fetched = list(zip(steps, values[: len(steps)], values[len(steps) :], rates))
+        self.seconds_each = (time.monotonic() - self.clock) / len(steps)
+        self.pending.clear()
+
+    def write(self, val_loss=None):
+        """Write a row for each step that was fetched; val_loss goes with the last. Returns the text of the bar."""
+        images_per_s = self.config.batch_size / self.seconds_each
+        last = self.fetched[-1][0]
+        for step, loss, grad_norm, lr in self.fetched:
+            self.seconds += self.seconds_each
+            epoch = (step - 1) // self.config.iterations + 1
+            shown = val_loss if step == last and val_loss is not None else ""
+            row = [step, epoch, loss, shown, lr, grad_norm, images_per_s, self.seconds]
+            cells = [f"{cell:.7g}" if isinstance(cell, float) else str(cell) for cell in row]
+            self.file.write(",".join(cells) + "\n")
+
+            good = math.isfinite(loss + grad_norm)
+            self.bad_in_a_row = 0 if good else self.bad_in_a_row + 1
+            self.skipped += not good
+            self.of_epoch.append(loss)
+            self.recent = [*self.recent, loss][-100:]
+        return f"loss {mean_finite(self.recent):.4f}, {images_per_s:,.1f} images/s"
+
+    def end_epoch(self, epoch, val_loss):
+        """Say how the epoch went."""
+        rate = self.config.batch_size * len(self.of_epoch) / (self.seconds - self.epoch_began)
+        line = (
+            f"epoch {epoch}/{self.config.epochs}  step {self.fetched[-1][0]:,}  loss {mean_finite(self.of_epoch):.4f}"
+        )
+        if val_loss is not None:
+            line += f"  held-out loss {val_loss:.4f}"
+        line += f"  {rate:,.1f} images/s"
+        if self.skipped:
+            line += f"  {self.skipped} bad steps skipped"
+        say(line)
+        self.of_epoch, self.epoch_began = [], self.seconds
+
+
+def mean_finite(losses):
+    finite = [loss for loss in losses if math.isfinite(loss)]
+    return sum(finite) / len(finite) if finite else math.nan
+
+
+# ---- Checkpoints -----------------------------------------------------------------------------------------------------
+
+FORMAT = 2
+
+
+def save_checkpoint(path, trainer):
+    """Tensors and plain values only, so that torch.load(weights_only=True) reads it."""
+    content = {"format": FORMAT, "config": asdict(trainer.config), **trainer.state_dict()}
+    write_atomically(path, lambda file: torch.save(content, file))
+    say(f"saved {path}")
+
+
+def load_checkpoint(path, device):
+    """Read and validate a checkpoint, running nothing in it: a dict of format, config, step, model, ema, optimizer.
+
+    Published weights in diffusers' naming (.bin, .safetensors) give a dict of format, config (the network's settings)
+    and ema alone. UserError, naming the file and the reason, for anything else.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"checkpoint {path}: no such file")
+    try:
+        read = read_safetensors if path.suffix == ".safetensors" else read_torch
+        checkpoint = read(path, device)
+        if "conv_in.weight" in checkpoint:
+            checkpoint = from_published(checkpoint)
+        if checkpoint["format"] > FORMAT:
+            newer = f"format {checkpoint['format']}, this one reads {FORMAT}"
+            raise UserError(f"written by a newer version of this program ({newer})")
+        if checkpoint["format"] == 1:
+            upgrade(checkpoint)
+        validate(checkpoint)
+    except UserError as error:
+        raise UserError(f"checkpoint {path}: {error}") from error
+    except pickle.UnpicklingError as error:
+        raise UserError(f"checkpoint {path}: damaged, or holds code; nothing of it was run") from error
+    except Exception as error:  # zip, pickle and tensor readers have errors of many kinds
+        if out_of_memory(error):
+            raise
+        reason = f"{type(error).__name__}: {error}".splitlines()[0].split(". ")[0]
+        raise UserError(f"checkpoint {path}: damaged, cut short or not of this program ({reason})") from error
+    return checkpoint
+
+
+def load_model(path, device="cpu"):
+    """(model, schedule) of a checkpoint or of published weights, ready for ddim_sample: model(x, t) -> eps.
+
+    The weights are the averaged ones, in eval mode. UserError as for load_checkpoint.
+    """
+    checkpoint = load_checkpoint(path, device)
+    config = Config(**checkpoint["config"])
+    network = UNet(**config.of(UNET)).to(device).eval()
+    network.load_state_dict(checkpoint["ema"])
+    schedule = NoiseSchedule(**config.of(SCHEDULE))
+    return NoisePredictor(network, schedule, config.predict), schedule
+
+
+def read_torch(path, device):
+    if zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip():  # torch.load does not look at the checksums
+        raise UserError("damaged, a checksum is wrong")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return torch.load(path, map_location=device, weights_only=True)
+
+
+def read_safetensors(path, device):
+    try:
+        from safetensors.torch import load_file
+    except ImportError as error:
+        raise UserError("reading it needs the package safetensors: pip install safetensors") from error
+    return {name: tensor.float() for name, tensor in load_file(path, device=str(device)).items()}
+
+
+def from_published(weights):
+    """A checkpoint of a state dict in diffusers' naming, old or new. The settings are read off names and shapes."""
+    renamed = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
+    for old, new in renamed.items():
+        weights = {name.replace(old, new): value for name, value in weights.items()}
+
+    channels = len(weights["conv_in.weight"])
+    levels = [level for level in range(9) if f"down_blocks.{level}.resnets.0.conv1.weight" in weights]
+    widths = [len(weights[f"down_blocks.{level}.resnets.0.conv1.weight"]) for level in levels]
+    blocks = [i for i in range(99) if f"down_blocks.0.resnets.{i}.conv1.weight" in weights]
+    attends = [level for level in levels if f"down_blocks.{level}.attentions.0.to_q.weight" in weights]
+    config = {
+        "predict": "eps",
+        "channels": channels,
+        "channel_mults": tuple(width // channels for width in widths),
+        "res_blocks": len(blocks),
+        "attn_resolutions": tuple(SIZE >> level for level in attends),
+        "dropout": 0.1,
+    }
+    return {"format": FORMAT, "config": config, "ema": weights}
+
+
+def upgrade(checkpoint):
+    """Format 1, in place: it predicted eps, trained with Adam, and numbered the parameters of the optimizer."""
+    config = {name: value for name, value in checkpoint["config"].items() if name in Config.__dataclass_fields__}
+    config = {name: tuple(value) if isinstance(value, list) else value for name, value in config.items()}
+    if config.get("sample_steps") == (50,):  # its default
+        del config["sample_steps"]
+    checkpoint["config"] = {"predict": "eps", "optimizer": "adam", **config}
+    if "optimizer" in checkpoint:
+        moments = checkpoint["optimizer"]["state"]
+        checkpoint["optimizer"] = {name: moments.get(i, {}) for i, name in enumerate(checkpoint["model"])}
+
+
+def validate(checkpoint):
+    """UserError, or another error, if anything a checkpoint should hold is missing, of another shape, or not finite."""
+    config = checkpoint["config"]
+    with torch.device("meta"):
+        network = UNet(**{name: config[name] for name in names_of(UNET)})
+    shapes = {name: value.shape for name, value in network.state_dict().items()}
+
+    parts = {"ema": checkpoint["ema"]}
+    if {"step", "model", "optimizer"} & checkpoint.keys():
+        if not isinstance(checkpoint["step"], int) or checkpoint["step"] < 0:
+            raise UserError(f"its step is {checkpoint['step']!r}")
+        parts["model"] = checkpoint["model"]
+        kinds = [{"step", "exp_avg", "exp_avg_sq"}]  # of Adam, and of Muon
+        if config["optimizer"] == "muon":
+            kinds.append({"momentum"})
+        for name, moments in checkpoint["optimizer"].items():
+            if moments and set(moments) not in kinds:
+                raise UserError(f"its optimizer holds {spell(sorted(moments))} of {name}")
+        for moment in ("momentum", "exp_avg", "exp_avg_sq"):
+            holders = {name: moments[moment] for name, moments in checkpoint["optimizer"].items() if moment in moments}
+            parts[f"optimizer's {moment}"] = holders
+        if checkpoint["optimizer"].keys() != shapes.keys():
+            raise UserError("its optimizer does not fit the network of its config")
+
+    for part, tensors in parts.items():
+        expected = {name: shapes.get(name) for name in tensors} if "optimizer" in part else shapes
+        if {name: tensor.shape for name, tensor in tensors.items()} != expected:
+            raise UserError(f"its {part} does not fit the network of its config")
+        if not all(tensor.is_floating_point() and tensor.isfinite().all() for tensor in tensors.values()):
+            raise UserError(f"its {part} is not finite throughout")
+
+
+def laid_out_as(parameter, moments):
+    """A parameter's moments, in memory as the parameter is, which the fused kernels trust them to be."""
+    moved = {}
+    for name, value in moments.items():
+        like = (
+            torch.empty_like(parameter)
+            if value.shape == parameter.shape
+            else torch.empty_like(value, device=parameter.device)
+        )
+        moved[name] = like.copy_(value)
+    return moved
+
+
+def newest_checkpoint(folder):
+    """(path, checkpoint) of the newest complete checkpoint in the folder, or (None, None)."""
+    for path in sorted(folder.glob("ddim_model_*.pth"), key=lambda path: path.stat().st_mtime_ns, reverse=True):
+        try:
+            return path, load_checkpoint(path, "cpu")
+        except UserError as error:
+            say(f"warning: passed over: {error}", sys.stderr)
+    say(f"no checkpoint in {folder.resolve()}: starting afresh")
+    return None, None
+
+
+def protect_earlier_run(folder, total):
+    """A fresh run overwrites neither a longer run nor one that was interrupted."""
+    steps = planned = 0
+    for path in folder.glob("ddim_model_*.pth"):
+        with contextlib.suppress(Exception):  # whatever cannot be read is no run to lose
+            found = torch.load(path, map_location="meta", mmap=True, weights_only=True)
+            plan = found["config"]["epochs"] * found["config"]["iterations"]
+            steps, planned = max((steps, planned), (found["step"], plan))
+    if steps > total or steps < planned:
+        kind = "a longer run" if steps > total else "an interrupted run"
+        raise UserError(f"--out-dir {folder} holds {kind}, of {steps:,} steps: --resume auto, or choose another folder")
+
+
+def prepare_out_dir(config, checkpoint_bytes):
+    """Find out now what would fail after hours: no permission, no space."""
+    try:
+        for path in (config.export, config.export_weights):
+            if path:
+                Path(path).resolve().parent.mkdir(parents=True, exist_ok=True)
+        config.folder.mkdir(parents=True, exist_ok=True)
+        (config.folder / "ddim_trial.tmp").touch()
+        for leftover in config.folder.glob("ddim_trial.tmp" if config.sample else "ddim_*.tmp"):  # of a killed run
+            leftover.unlink(missing_ok=True)
+        free = shutil.disk_usage(config.folder).free
+    except OSError as error:
+        flags = "--out-dir, --export, --export-weights"
+        raise UserError(f"cannot write to {error.filename}: {error.strerror} ({flags})") from error
+
+    # Two checkpoints at least: a new one is written before the old one goes.
+    needed, all_of_them = 2 * checkpoint_bytes, (2 + config.epochs // config.save_every) * checkpoint_bytes
+    if free < needed:
+        raise UserError(
+            f"--out-dir {config.out_dir}: {free / 1e6:,.0f} MB free, {needed / 1e6:,.0f} MB needed at least"
+        )
+    if free < all_of_them:
+        lack = f"{free / 1e6:,.0f} MB free, {all_of_them / 1e6:,.0f} MB needed for all checkpoints"
+        say(f"warning: {config.out_dir}: {lack}; see --save-every", sys.stderr)
+
+
+def export_weights(folder, model, config):
+    """The folder that diffusers' DDIMPipeline.from_pretrained(folder) loads."""
+    attends = [SIZE >> level in config.attn_resolutions for level in range(len(config.channel_mults))]
+    unet = {
+        "_class_name": "UNet2DModel",
+        "sample_size": SIZE,
+        "in_channels": 3,
+        "out_channels": 3,
+        "attention_head_dim": None,
+        "layers_per_block": config.res_blocks,
+        "block_out_channels": [config.channels * mult for mult in config.channel_mults],
+        "down_block_types": ["AttnDownBlock2D" if here else "DownBlock2D" for here in attends],
+        "up_block_types": ["AttnUpBlock2D" if here else "UpBlock2D" for here in reversed(attends)],
+        "downsample_padding": 0,
+        "flip_sin_to_cos": False,
+        "freq_shift": 1,
+        "norm_eps": 1e-6,
+        "dropout": config.dropout,
+    }
+    scheduler = {
+        "_class_name": "DDIMScheduler",
+        "prediction_type": {"v": "v_prediction", "eps": "epsilon"}[config.predict],
+        "num_train_timesteps": config.timesteps,
+        "beta_start": config.beta_start,
+        "beta_end": config.beta_end,
+        "beta_schedule": "linear",
+        "clip_sample": False,
+        "set_alpha_to_one": True,
+        "steps_offset": 0,
+        "timestep_spacing": "leading",
+    }
+    index = {
+        "_class_name": "DDIMPipeline",
+        "unet": ["diffusers", "UNet2DModel"],
+        "scheduler": ["diffusers", "DDIMScheduler"],
+    }
+    files = {"model_index.json": index, "unet/config.json": unet, "scheduler/scheduler_config.json": scheduler}
+    for name, content in files.items():
+        write_atomically(folder / name, json.dumps(content, indent=2))
+
+    # safetensors if the package is there, which diffusers prefers; else what torch writes.
+    weights = {name: value.cpu().contiguous() for name, value in model.state_dict().items()}
+    if importlib.util.find_spec("safetensors"):
+        from safetensors.torch import save
+
+        data = save(weights, metadata={"format": "pt"})
+        write_atomically(folder / "unet" / "diffusion_pytorch_model.safetensors", lambda file: file.write(data))
+    else:
+        write_atomically(folder / "unet" / "diffusion_pytorch_model.bin", lambda file: torch.save(weights, file))
+    say(f"wrote {folder}")
+
+
+def write_atomically(path, content):
+    """Write a text, or what content(file) writes: the file appears complete and on disk, or not at all. Rank 0 only."""
+    if world.rank > 0:
+        return
+    path = Path(path)
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as file:
+            if callable(content):
+                content(file)
+            else:
+                file.write(content.encode())
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        if os.name == "posix":  # the rename, too, has to reach the disk
+            folder = os.open(path.parent, os.O_RDONLY)
+            os.fsync(folder)
+            os.close(folder)
+    except (OSError, RuntimeError) as error:  # torch.save hides a full disk in a RuntimeError
+        raise UserError(f"cannot write {path.resolve()}: {error.__context__ or error}") from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+
+
+# ---- Processes -------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class World:
+    """This process among those that torchrun started: its rank in all and on this machine, and how many there are."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    local_size: int = 1
+
+    def read_environment(self):
+        self.rank, self.local_rank = (int(os.environ.get(name, 0)) for name in ("RANK", "LOCAL_RANK"))
+        self.size, self.local_size = (int(os.environ.get(name, 1)) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
+
+
+world = World()
+
+
+def gather(item):
+    """The items of all processes, in order of rank."""
+    items = [item] * world.size
+    if world.size > 1:
+        dist.all_gather_object(items, item)
+    return items
+
+
+def sum_over_processes(tensor):
+    if world.size > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
+class UserError(Exception):
+    """An error that one line explains, without a traceback."""
+
+    code = 2
 
 
 class UsageError(UserError):
     """A flag out of range, unknown, or contradicting another."""
+
+
+class Offline(UserError):
+    """CIFAR-10 is missing and cannot be downloaded."""
+
+
+class Diverged(UserError):
+    """Training has no finite loss or gradient any more."""
+
+    code = 1
+
+    def __init__(self, saved):
+        good = f"The last good checkpoint is {saved}" if saved else "No checkpoint had been saved"
+        super().__init__(f"10 steps in a row without a finite loss or gradient; try a lower --lr. {good}")
+
+
+class Stopped(BaseException):
+    """A signal asked for the end. Its argument is the number of the signal."""
+
+
+def say(text, file=None):
+    """Print from rank 0 without breaking the progress bar."""
+    if world.rank == 0:
+        tqdm.write(text, file=file or sys.stdout)
+        (file or sys.stdout).flush()
+
+
+def progress(items=None, **options):
+    disable = True if world.rank > 0 else None  # None: silent without a terminal
+    return tqdm(items, disable=disable, dynamic_ncols=True, **options)
+
+
+def spell(value):
+    return " ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+
+
+def compute_all(sampler, count, function, evaluations, desc):
+    """The rows of indices 0 .. count-1: see in_chunks."""
+    return torch.cat([rows for _, rows in in_chunks(sampler, range(count), function, evaluations, desc)])
+
+
+def in_chunks(sampler, indices, function, evaluations, desc):
+    """Yield (chunk, function(chunk)) in order, on every process. Each process computes its share of the chunks.
+
+    function: returns a row per index. evaluations: of the network, per index, for the progress bar.
+    """
+    count = math.ceil(len(indices) / (sampler.chunk_size * world.size)) * world.size
+    chunks = [chunk.tolist() for chunk in np.array_split(np.asarray(indices), max(1, count)) if len(chunk)]
+    layout = "{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}"
+    with progress(total=len(indices) * evaluations, desc=desc, bar_format=layout) as sampler.bar:
+        for first in range(0, len(chunks), world.size):
+            turn = chunks[first : first + world.size]
+            mine = None
+            if world.rank < len(turn):
+                mine = compute_chunk(sampler, function, turn[world.rank], len(chunks[0]))
+            yield from zip(turn, gather(mine))
+
+
+def compute_chunk(sampler, function, chunk, size):
+    """function(chunk), in halves where memory does not suffice."""
+    padding = [chunk[-1]] * (size - len(chunk)) if sampler.compiled else []  # a new size would be compiled anew
+    try:
+        return function(chunk + padding)[: len(chunk)].cpu()
+    except (MemoryError, RuntimeError) as error:
+        if not out_of_memory(error) or len(chunk) == 1:
+            raise
+    torch.cuda.empty_cache()
+    half = math.ceil(len(chunk) / 2)
+    return torch.cat([compute_chunk(sampler, function, part, half) for part in (chunk[:half], chunk[half:])])
+
+
+def out_of_memory(error):
+    words = ("out of memory", "not enough memory", "allocate memory", "ALLOC_FAILED")  # GPUs, Windows, Linux, CUDA
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(word in str(error) for word in words)
+
+
+class Signals:
+    """Ctrl-C, SIGTERM, a closed terminal raise Stopped, at once or when no longer postponed. A second Ctrl-C quits."""
+
+    def __init__(self):
+        self.received = 0
+        self.since = 0.0
+        self.postpone = False
+        self.previous = {}
+
+    def __enter__(self):
+        for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+            signum = getattr(signal, name, None)  # Windows has no SIGHUP
+            if signum and signal.getsignal(signum) not in (signal.SIG_IGN, None):  # nohup ignores it
+                self.previous[signum] = signal.signal(signum, self.handle)
+        return self
+
+    def __exit__(self, *_):
+        for signum, handler in self.previous.items():
+            signal.signal(signum, handler)
+
+    def handle(self, signum, frame):
+        if signum == getattr(signal, "SIGHUP", None):  # the terminal is gone: writing to it would fail
+            for stream in (1, 2):
+                if stat.S_ISCHR(os.fstat(stream).st_mode):
+                    os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
+        if not self.received:
+            self.received, self.since = signum, time.monotonic()
+        elif signum == signal.SIGINT and ("RANK" not in os.environ or time.monotonic() - self.since > 1):
+            os._exit(128 + signum)  # torchrun repeats the first by itself
+        self.heed()
+
+    def heed(self):
+        if self.received and not self.postpone:
+            raise Stopped(self.received)
+
+    @contextlib.contextmanager
+    def postponed(self, postpone=True):
+        """Signals that come in this block are heeded after it."""
+        before, self.postpone = self.postpone, postpone
+        self.heed()
+        try:
+            yield
+        finally:
+            self.postpone = before
+        self.heed()
+
+    def heeded(self):
+        """Signals that come in this block are heeded at once, though it lies in a block where they are postponed."""
+        return self.postponed(False)
+
+
+@dataclass
+class Runtime:
+    """Where and how the network runs, and what stops it."""
+
+    device: torch.device
+    precision: str = "fp32"
+    compile: str = "off"
+    signals: Signals | None = None
+    saved: Path | None = None  # the newest checkpoint
+
+    def autocast(self):
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
+
+    def compiled(self, network, evaluations):
+        """The network compiled, if asked for, or if so many evaluations of a batch earn back the minute it takes."""
+        if evaluations == 0 or self.compile == "off":
+            return network
+        if self.compile == "auto":
+            able = importlib.util.find_spec("triton") and any(map(shutil.which, ("cc", "gcc", "clang")))
+            modern = self.device.type == "cuda" and torch.cuda.get_device_capability(self.device) >= (7, 0)
+            if not (able and modern and evaluations >= 2000):
+                return network
+        return torch.compile(network)
+
+
+def start(config, signals):
+    """Join the processes that torchrun started, if it did, and choose device, precision and threads of this one."""
+    device = choose_device(config.device)
+    torch.backends.cudnn.benchmark = True
+    if world.local_size > 1 or "OMP_NUM_THREADS" not in os.environ:  # torchrun sets it to 1
+        torch.set_num_threads(max(1, available_cores() // world.local_size))
+    if world.size > 1:
+        patience = timedelta(hours=2)  # the others wait while the first downloads CIFAR-10
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=patience)
+    precision = config.precision
+    if precision == "auto":
+        precision = "bf16" if fast_in_bf16(device) else "fp32"
+    return Runtime(device, precision, config.compile, signals)
+
+
+def choose_device(asked):
+    here = ["cpu"]
+    if torch.backends.mps.is_available():
+        here.insert(0, "mps")
+    if torch.cuda.is_available():
+        here.insert(0, "cuda")
+    if asked not in ("auto", *here):
+        raise UserError(f"--device {asked}: not available here, where there is {', '.join(here)}")
+    device = torch.device(here[0] if asked == "auto" else asked)
+    if device.type == "cuda":
+        if torch.cuda.device_count() < world.local_size:
+            count = torch.cuda.device_count()
+            raise UserError(f"{world.local_size} processes for {count} GPUs: lower --nproc_per_node")
+        device = torch.device("cuda", world.local_rank)
+        torch.cuda.set_device(device)
+    return device
+
+
+def fast_in_bf16(device):
+    """Whether matrix units compute bf16, at several times the speed of fp32."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)  # Ampere
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    return device.type == "cpu" and capabilities.get("amx_bf16", False)
+
+
+def available_cores():
+    """The cores this process may use, which in a container can be fewer than the host shows."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    with contextlib.suppress(OSError, ValueError):
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()  # "max 100000" without a limit
+        cores = min(cores, max(1, int(quota) // int(period)))
+    return cores
+
+
+# ---- Command ---------------------------------------------------------------------------------------------------------
 
 
 class Parser(argparse.ArgumentParser):
@@ -1138,373 +1826,297 @@ class Parser(argparse.ArgumentParser):
         raise UsageError(message)
 
 
-def spell(value):
-    return " ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
-
-
-def number(kind, low, high=math.inf, above=False):
-    """A parser of numbers in low..high; above: low itself is not allowed."""
-
-    def parse(text):
-        with contextlib.suppress(ValueError):
-            value = kind(text)
-            if low <= value <= high and not (above and value == low) and value != math.inf:
-                return value
-        limits = f"above {low}" if above else f"at least {low}" if high == math.inf else f"in {low}..{high}"
-        raise argparse.ArgumentTypeError(f"{text} is not a {'whole ' if kind is int else ''}number {limits}")
-
-    return parse
-
-
 def make_parser():
-    wide = functools.partial(argparse.HelpFormatter, max_help_position=34, width=min(130, shutil.get_terminal_size().columns))
-    purpose = "Train a UNet on CIFAR-10 and sample it with DDIM. Without flags: a quick test."
-    parser = Parser(prog="ddim_cifar.py", description=purpose, formatter_class=wide, add_help=False, allow_abbrev=False)
-    count, share = number(int, 1), number(float, 0, 1)
-
-    add = parser.add_argument_group("training").add_argument
-    add("--epochs", type=count, default=1, help="length of training from its very start, in epochs of --iterations steps")
-    add("--iterations", type=count, default=1, help="optimizer steps per epoch, however long the data set")
-    add("--batch-size", type=count, default=32, help="images per step, over all processes")
-    add("--lr", type=number(float, 0, above=True), default=2e-4, help="Adam's learning rate")
-    add("--warmup", type=number(int, 0), default=1000, help="steps of linear warm-up")
-    add("--lr-decay", type=share, default=0.0, help="last share of the run, over which the rate falls to zero")
-    add("--grad-clip", type=number(float, 0, above=True), default=1.0, help="largest gradient norm")
-    add("--min-snr", type=number(float, 0), default=0.0, help="weigh the loss of t by min(SNR, this) / SNR; 0: equally")
-    add("--ema-decay", type=share, default=0.9999, help="decay of the averaged weights, which sampling uses")
-    add("--resume", metavar="CKPT", help="checkpoint to continue, with its flags; auto: the newest in --out-dir, or a new run")
-    add("--save-every", type=count, default=10, help="epochs between checkpoints, held-out losses and grids")
-    add("--save-minutes", type=number(float, 0), default=10.0, help="also refresh ddim_model_last.pth this often")
-
-    add = parser.add_argument_group("data").add_argument
-    add("--dataset", choices=["cifar10", "folder", "synthetic"], default="cifar10", help="images to learn")
-    add("--data-dir", metavar="DIR", default="./data", help="where CIFAR-10 is, or goes; or the folder of images")
-
-    add = parser.add_argument_group("network and noise schedule (of the checkpoint with --resume and --sample)").add_argument
-    add("--channels", type=count, default=128, help="width, a multiple of 32")
-    add("--channel-mults", type=count, nargs="+", metavar="M", default=[1, 2, 2, 2], help="widths, in units of --channels")
-    add("--res-blocks", type=count, default=2, help="ResBlocks per resolution")
-    add("--attn-resolutions", type=count, nargs="*", metavar="R", default=[16], help="sides, in pixels, with attention")
-    add("--dropout", type=number(float, 0, 0.99), default=0.1, help="in each ResBlock")
-    add("--timesteps", type=number(int, 2), default=1000, help="T, the number of noise levels")
-    add("--beta-start", type=number(float, 1e-9, 0.999), default=1e-4, help="first beta")
-    add("--beta-end", type=number(float, 1e-9, 0.999), default=0.02, help="last beta")
-
-    add = parser.add_argument_group("sampling").add_argument
-    add("--sample", metavar="CKPT", help="do not train: sample from a checkpoint, or from published weights")
-    add("--num-samples", type=count, default=16, help="images")
-    listed = "steps S; of a list, all are compared and the last is used"
-    add("--sample-steps", type=count, nargs="+", metavar="S", default=[50], help=listed)
-    add("--tau", choices=TAUS, default="quadratic", help="which of the T timesteps")
-    add("--order", type=int, choices=[1, 2], default=1, help="2: second-order steps at the same cost, not plain DDIM")
-    add("--eta", type=share, default=0.0, help="0: DDIM, deterministic; 1: DDPM")
-    add("--clip-x0", action="store_true", help="clamp each predicted x_0 to [-1, 1]")
-    add("--standardize-noise", action="store_true", help="x_T of mean 0, variance 1 in each channel: after short training")
-    add("--no-ema", action="store_true", help="sample the weights themselves, not their average")
-    add("--sample-batch-size", type=count, metavar="N", help="images at a time [what memory allows on cuda; else 64]")
-    add("--export", metavar="PATH", help="also write all images: x.npz (arr_0, uint8 [N, 32, 32, 3]) or a folder of PNGs")
-    add("--export-weights", metavar="DIR", help="also write the weights as diffusers' DDIMPipeline reads them")
-
-    title = "the paper's experiments, a picture each (the last two compare S = 10 20 50 100 or --sample-steps)"
-    add = parser.add_argument_group(title).add_argument
-    add("--trajectory", action="store_true", help="predicted x_0 from noise to picture, also as an animation")
-    add("--interpolate", action="store_true", help="between pairs of x_T")
-    add("--reconstruct", action="store_true", help="encode and decode test images, with the error of Table 2")
-    add("--consistency", action="store_true", help="the same x_T at several S, and their distances")
-
-    add = parser.add_argument_group("run time").add_argument
-    add("--device", choices=["auto", "cuda", "mps", "cpu"], default="auto", help="auto: cuda, then mps, then cpu")
-    fast = "auto: bf16 on GPUs since Ampere and CPUs with AMX; fp32 includes TF32"
-    add("--precision", choices=["auto", "fp32", "bf16"], default="auto", help=fast)
-    add("--compile", choices=["auto", "on", "off"], default="auto", help="auto: on a GPU, where the run is long enough")
-    add("--seed", type=number(int, 0), default=0, help="of everything random")
-    add("--out-dir", metavar="DIR", default=".", help="where files go")
-    add("-h", "--help", action="help", help="show this help")
-    for action in parser._actions:
-        if str(action.default) not in ("None", "False", argparse.SUPPRESS):
-            action.help += f" [{spell(action.default)}]"
-        if action.type and not action.choices:
-            action.metavar = action.metavar or "N"
+    """The fields of Config as flags. What is not typed is absent from the result: the defaults are Config's."""
+    width = min(130, shutil.get_terminal_size().columns)
+    parser = Parser(
+        prog="ddim_cifar.py",
+        description="Train a UNet on CIFAR-10 and sample it with DDIM. Without flags: a quick test.",
+        formatter_class=functools.partial(argparse.HelpFormatter, max_help_position=34, width=width),
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+        add_help=False,
+    )
+    groups = {}
+    for setting in fields(Config):
+        options = {name: value for name, value in setting.metadata.items() if name not in ("group", "least", "most")}
+        if setting.type is bool:
+            options["action"] = "store_true"
+        else:
+            options["type"] = int if setting.type is tuple else setting.type
+        if setting.type in (int, float) and "choices" not in options:
+            options["metavar"] = "N"
+        if setting.type is not bool and setting.default not in (None, ()):
+            options["help"] += f" [{spell(setting.default)}]"
+        title = setting.metadata["group"]
+        if title not in groups:
+            groups[title] = parser.add_argument_group(title)
+        groups[title].add_argument(spell_flag(setting.name), **options)
+    groups[RUNTIME].add_argument("-h", "--help", action="help", help="show this help")
     return parser
 
 
-def as_argv(config):
-    """A checkpoint's flags as they would be typed, so that the parser checks them, too."""
-    argv = []
-    for name, value in config.items():
-        flag = "--" + name.replace("_", "-")
-        if isinstance(value, (list, tuple)):
-            argv += [flag, *map(str, value)]
-        elif value is not None and value is not False:
-            argv += [flag] if value is True else [f"{flag}={value}"]
-    return argv
+def spell_flag(name):
+    return "--" + name.replace("_", "-")
 
 
 def parse_args(argv=None):
-    """The flags, completed from the checkpoint that --resume or --sample names, and that checkpoint (or None)."""
-    argv = sys.argv[1:] if argv is None else list(argv)
-    parser = make_parser()
-    args = parser.parse_args(argv)
-    without_defaults = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(vars(args))))
-    given = {name for name, value in vars(without_defaults).items() if value is not None}
-    clash = sorted("--" + name.replace("_", "-") for name in given & {"resume", *TRAINING_FLAGS})
-    if args.sample and clash:
+    """The Config of a command line, completed from the checkpoint it names, and that checkpoint (or None)."""
+    typed = vars(make_parser().parse_args(argv))
+    typed = {name: tuple(value) if isinstance(value, list) else value for name, value in typed.items()}
+    resume, sample = typed.get("resume"), typed.get("sample")
+    trains = {*names_of(TRAINING), "resume"} - {"predict"}
+    clash = [spell_flag(name) for name in typed if name in trains]
+    if sample and clash:
         raise UsageError(f"--sample does not train, which {', '.join(clash)} asks for")
-    if "" in (args.sample, args.resume):
+    if "" in (sample, resume):
         raise UsageError("--sample and --resume need the name of a file")
 
-    path, checkpoint = args.sample or args.resume, None
-    if args.resume == "auto":
-        path, checkpoint = newest_checkpoint(Path(args.out_dir))
+    # The checkpoint, and the settings that come from it.
+    path, checkpoint, inherited = sample or resume, None, {}
+    if resume == "auto":
+        path, checkpoint = newest_checkpoint(Path(typed.get("out_dir", Config.out_dir)))
     elif path:
         checkpoint = load_checkpoint(path, "cpu")
     if checkpoint:
-        config = checkpoint["config"]
-        if args.resume and "step" not in checkpoint:
-            raise UserError(f"checkpoint {path}: published weights have no optimizer state to resume from; use --sample")
-        fixed = (*UNET_FLAGS, *SCHEDULE_FLAGS) + (("dataset", "batch_size", "seed") if args.resume else ())
-        inherited = set(vars(args)) - {*PLACE_FLAGS, *EXPERIMENTS} if args.resume else {*fixed, "dataset", "data_dir"}
-        for name in fixed:
-            if name in given & config.keys() and getattr(args, name) != config[name]:
-                mine, its = spell(getattr(args, name)), spell(config[name])
-                raise UsageError(f"--{name.replace('_', '-')} {mine} contradicts {its}, which {path} was trained with")
-        try:
-            args = parser.parse_args(as_argv({name: config[name] for name in sorted(inherited & config.keys())}) + argv)
-        except UsageError as error:
-            raise UserError(f"checkpoint {path}: its config does not fit: {error}") from error
-        args.resume = args.resume and str(path)
+        inherited = inherit(checkpoint, path, typed, bool(resume))
 
-    listed = "sample_steps" in given or args.sample_steps != parser.get_default("sample_steps")  # now, or in the resumed run
-    args.compared_steps = args.sample_steps if listed else [10, 20, 50, 100]
-    args.quick_test = not path and args.epochs * args.iterations == 1 and "dataset" not in given
-    check(args, checkpoint)
-    return args, checkpoint
+    # A new run begins with its recipe; what was typed wins.
+    recipe = {} if checkpoint else RECIPES[typed.get("recipe", "default")]
+    config = Config(**recipe | inherited | typed)
+    config.resume = str(path) if resume and checkpoint else None
+    config.quick_test = not path and config.total == 1 and "dataset" not in typed
+    check(config)
+    if config.no_ema and sample and "model" not in checkpoint:
+        raise UsageError(f"--no-ema: {sample} holds one set of weights only")
+    return config, checkpoint
 
 
-def check(args, checkpoint):
-    """Flags that are fine each, but not together."""
-    if args.channels % 32:
-        raise UsageError(f"--channels {args.channels}: must be a multiple of 32")
-    sides = [SIZE >> level for level in range(len(args.channel_mults))]
-    if len(sides) > 6:
-        raise UsageError(f"--channel-mults {spell(args.channel_mults)}: 1 to 6 resolutions are possible from {SIZE} pixels")
-    if not set(args.attn_resolutions) <= set(sides):
-        raise UsageError(f"--attn-resolutions {spell(args.attn_resolutions)}: this network has {spell(sides)}")
-    if args.beta_start > args.beta_end:
-        raise UsageError(f"--beta-start {args.beta_start} must not be above --beta-end {args.beta_end}")
-    if NoiseSchedule(args.timesteps, args.beta_start, args.beta_end).alpha(args.timesteps - 1) < 1e-12:
-        raise UsageError(f"--beta-end {args.beta_end} leaves no image after {args.timesteps} --timesteps; lower either")
-    if args.export_weights and args.channel_mults[0] != 1:
-        raise UsageError("--export-weights: diffusers has no such network, its --channel-mults begin with 1")
-    compares = args.reconstruct or args.consistency
-    steps = args.sample_steps + (args.compared_steps if compares else [])
-    if max(steps) > args.timesteps:
-        raise UsageError(f"--sample-steps {spell(steps)}: must be in 1..{args.timesteps} (--timesteps)")
-    if compares and args.eta > 0:
-        raise UsageError(f"--reconstruct and --consistency are about --eta 0, not --eta {args.eta}")
-    if args.order == 2 and args.eta > 0:
-        raise UsageError(f"--order 2 solves the equation of --eta 0, not of --eta {args.eta}")
-    if args.no_ema and args.sample and "model" not in checkpoint:
-        raise UsageError(f"--no-ema: {args.sample} holds one set of weights only")
-    if args.batch_size % WORLD_SIZE and not args.sample:
-        better = math.ceil(args.batch_size / WORLD_SIZE) * WORLD_SIZE
-        raise UsageError(f"--batch-size {args.batch_size} does not divide among {WORLD_SIZE} processes; try {better}")
+def inherit(checkpoint, path, typed, resume):
+    """The settings a run takes over from its checkpoint. UsageError if what was typed contradicts a fixed one."""
+    config = checkpoint["config"]
+    taken = {*names_of(UNET, SCHEDULE), "predict", "dataset", "data_dir"}
+    fixed = {*names_of(UNET, SCHEDULE)}
+    if "step" in checkpoint:  # published weights do not say what they predict
+        fixed.add("predict")
+    if resume:
+        if "step" not in checkpoint:
+            raise UserError(f"checkpoint {path}: published weights cannot be resumed, only used with --sample")
+        fixed |= {"dataset", "batch_size", "seed", "optimizer", "recipe"}
+        taken = {*names_of(TRAINING, DATA, UNET, SCHEDULE, SAMPLING, RUNTIME)} - {"device"}
+    inherited = {name: config[name] for name in taken & config.keys()}
 
-
-def newest_checkpoint(out_dir):
-    """(path, checkpoint) of the newest complete checkpoint in the folder, or (None, None)."""
-    for path in sorted(out_dir.glob("ddim_model_*.pth"), key=lambda path: path.stat().st_mtime_ns, reverse=True):
-        try:
-            return path, load_checkpoint(path, "cpu")
-        except UserError as error:
-            say(f"warning: passed over: {error}", sys.stderr)
-    say(f"no checkpoint in {out_dir.resolve()}: starting afresh")
-    return None, None
-
-
-def export_weights(folder, model, args):
-    """The folder that diffusers' DDIMPipeline.from_pretrained(folder) loads."""
-    attends = [SIZE >> level in args.attn_resolutions for level in range(len(args.channel_mults))]
-    unet = {
-        "_class_name": "UNet2DModel", "sample_size": SIZE, "in_channels": 3, "attention_head_dim": None,
-        "layers_per_block": args.res_blocks,
-        "block_out_channels": [args.channels * mult for mult in args.channel_mults], "out_channels": 3,
-        "down_block_types": ["AttnDownBlock2D" if here else "DownBlock2D" for here in attends],
-        "up_block_types": ["AttnUpBlock2D" if here else "UpBlock2D" for here in reversed(attends)],
-        "downsample_padding": 0, "flip_sin_to_cos": False, "freq_shift": 1, "norm_eps": 1e-6, "dropout": args.dropout,
-    }  # fmt: skip
-    scheduler = {
-        "_class_name": "DDIMScheduler", "num_train_timesteps": args.timesteps,
-        "beta_start": args.beta_start, "beta_end": args.beta_end, "steps_offset": 0,
-        "beta_schedule": "linear", "clip_sample": False, "set_alpha_to_one": True, "timestep_spacing": "leading",
-    }  # fmt: skip
-    index = {"_class_name": "DDIMPipeline", "unet": ["diffusers", "UNet2DModel"], "scheduler": ["diffusers", "DDIMScheduler"]}
-    files = {"model_index.json": index, "unet/config.json": unet, "scheduler/scheduler_config.json": scheduler}
-    for name, content in files.items():
-        write_atomically(folder / name, json.dumps(content, indent=2))
-    weights = {name: value.cpu().contiguous() for name, value in model.state_dict().items()}
-    write_atomically(folder / "unet" / "diffusion_pytorch_model.bin", lambda file: torch.save(weights, file))
-    say(f"wrote {folder}")
-
-
-def prepare_out_dir(args, run, checkpoint_bytes):
-    """Find out now what would fail after hours: no permission, no space."""
+    for name in fixed & typed.keys() & inherited.keys():
+        if typed[name] != inherited[name]:
+            mine, its = spell(typed[name]), spell(inherited[name])
+            raise UsageError(f"{spell_flag(name)} {mine} contradicts {its}, which {path} was trained with")
     try:
-        for path in filter(None, (args.export, args.export_weights)):
-            Path(path).resolve().parent.mkdir(parents=True, exist_ok=True)
-        run.out_dir.mkdir(parents=True, exist_ok=True)
-        (run.out_dir / "ddim_trial.tmp").touch()
-        for leftover in run.out_dir.glob("ddim_trial.tmp" if args.sample else "ddim_*.tmp"):  # of a killed run
-            leftover.unlink(missing_ok=True)
-        free = shutil.disk_usage(run.out_dir).free
-    except OSError as error:
-        raise UserError(f"cannot write to {error.filename}: {error.strerror} (--out-dir, --export, --export-weights)") from error
-    for files in (2, 2 + args.epochs // args.save_every):
-        if free < (needed := files * checkpoint_bytes):
-            lack = f"{args.out_dir}: {free / 1e6:,.0f} MB free, {needed / 1e6:,.0f} MB needed for {files} checkpoints"
-            if files == 2:
-                raise UserError(f"--out-dir {lack}")
-            say(f"warning: {lack}; see --save-every", sys.stderr)
+        check(Config(**inherited))
+    except UsageError as error:
+        raise UserError(f"checkpoint {path}: its config does not fit: {error}") from error
+    return inherited
 
 
-def protect_earlier_run(out_dir, total):
-    """A fresh run overwrites neither a longer run nor one that was interrupted."""
-    steps = planned = 0
-    for path in out_dir.glob("ddim_model_*.pth"):
-        with contextlib.suppress(Exception):  # whatever cannot be read is no run to lose
-            found = torch.load(path, map_location="meta", mmap=True, weights_only=True)
-            steps, planned = max((steps, planned), (found["step"], found["config"]["epochs"] * found["config"]["iterations"]))
-    if steps > total or steps < planned:
-        kind = "a longer run" if steps > total else "an interrupted run"
-        raise UserError(f"--out-dir {out_dir} holds {kind}, of {steps:,} steps: go on with --resume auto, or choose another folder")
+def check(config):
+    """UsageError for a setting that is not possible, by itself or beside the others."""
+    for setting in fields(Config):
+        check_value(setting, getattr(config, setting.name))
+    try:
+        with torch.device("meta"):
+            UNet(**config.of(UNET))
+    except ValueError as error:  # begins with the argument's name
+        name, _, rest = str(error).partition(" ")
+        raise UsageError(f"{spell_flag(name)} {rest}") from error
+
+    # The schedule.
+    if config.beta_start > config.beta_end:
+        raise UsageError(f"--beta-start {config.beta_start} must not be above --beta-end {config.beta_end}")
+    if NoiseSchedule(**config.of(SCHEDULE)).alpha(config.timesteps - 1) < 1e-12:
+        raise UsageError(
+            f"--beta-end {config.beta_end} leaves no image after {config.timesteps} --timesteps; lower either"
+        )
+
+    # Sampling and experiments.
+    compares = config.reconstruct or config.consistency
+    steps = (config.steps, *config.compared_steps) if compares else (config.steps,)
+    if max(steps) > config.timesteps:
+        raise UsageError(f"--sample-steps {max(steps)}: must be in 1..{config.timesteps} (--timesteps)")
+    if compares and config.eta > 0:
+        raise UsageError(f"--reconstruct and --consistency are about --eta 0, not --eta {config.eta}")
+    if config.order == 2 and config.eta > 0:
+        raise UsageError(f"--order 2 solves the equation of --eta 0, not of --eta {config.eta}")
+    if config.export_weights and config.channel_mults[0] != 1:
+        raise UsageError("--export-weights: diffusers has no such network, its --channel-mults begin with 1")
+
+    # Processes.
+    if config.batch_size % world.size and not config.sample:
+        better = math.ceil(config.batch_size / world.size) * world.size
+        raise UsageError(f"--batch-size {config.batch_size} does not divide among {world.size} processes; try {better}")
 
 
-def get_images(args):
-    """load_images, first in one process of each machine, since it may download. Offline, the quick test draws its own."""
-    if LOCAL_RANK > 0:
+def check_value(setting, value):
+    """UsageError for a value of another type, outside its limits, or not among its choices."""
+    name, limits = spell_flag(setting.name), setting.metadata
+    if value is None or value == setting.default:
+        return
+    kind = (int, float) if setting.type is float else int if setting.type is tuple else setting.type
+    for item in value if setting.type is tuple else [value]:
+        if not isinstance(item, kind):
+            raise UsageError(f"{name} {item}: must be of type {setting.type.__name__}")
+        if "choices" in limits and item not in limits["choices"]:
+            raise UsageError(f"{name} {item}: must be one of {spell(limits['choices'])}")
+        if "least" in limits:
+            least, most = limits["least"], limits.get("most", sys.float_info.max)  # neither infinity nor NaN
+            if not least <= item <= most:
+                allowed = f"in {least}..{most}" if "most" in limits else f"at least {least}"
+                raise UsageError(f"{name} {item}: must be {allowed}")
+
+
+def get_images(config):
+    """load_images, first in one process of each machine: it may download. Offline, the quick test draws its own."""
+    if world.local_rank > 0:
         gather(None)  # a barrier
     try:
-        return load_images(args.dataset, args.data_dir)
+        return load_images(config.dataset, config.data_dir)
     except Offline as error:
-        if not args.quick_test:
+        if not config.quick_test:
             raise
-        args.dataset = "synthetic"
+        config.dataset = "synthetic"
         say(f"warning: {error}. This quick test goes on with the synthetic images", sys.stderr)
-        return load_images(args.dataset, args.data_dir)
+        return load_images(config.dataset, config.data_dir)
     finally:
-        if LOCAL_RANK == 0:
+        if world.local_rank == 0:
             gather(None)
 
 
-def execute(args, checkpoint, run):
+def execute(config, checkpoint, runtime):
     """Train, unless --sample was given, then draw what was asked for."""
-    total = args.epochs * args.iterations
-    torch.set_float32_matmul_precision("high")  # TF32 where a GPU has it
-    torch.backends.cudnn.benchmark = True
-    torch.manual_seed(torch_seed(args.seed, 6))
-    schedule = NoiseSchedule(args.timesteps, args.beta_start, args.beta_end)
-    model = UNet(**{name: getattr(args, name) for name in UNET_FLAGS}, image_size=SIZE)
+    # Build the network.
+    torch.manual_seed(torch_seed(config.seed, WEIGHTS))
+    schedule = NoiseSchedule(**config.of(SCHEDULE))
+    model = UNet(**config.of(UNET))
     if checkpoint:
-        model.load_state_dict(checkpoint["ema" if args.sample and not args.no_ema else "model"])
-    model.to(run.device, memory_format=torch.channels_last)
+        model.load_state_dict(checkpoint["ema" if config.sample and not config.no_ema else "model"])
+    model.to(runtime.device, memory_format=torch.channels_last)
     size = sum(parameter.numel() for parameter in model.parameters())
 
-    if RANK == 0:
-        prepare_out_dir(args, run, 0 if args.sample else 4 * 4 * size)  # weights, averages and two moments
+    # Prepare folder and images.
+    if world.rank == 0:
+        prepare_out_dir(config, 0 if config.sample else 4 * 4 * size)  # weights, averages and two moments
         if not checkpoint:
-            protect_earlier_run(run.out_dir, total)
-    train_images, test_images = get_images(args) if not args.sample or args.reconstruct else (None, None)
-    say(f"device    {run.device}, {run.precision}" + (f", {WORLD_SIZE} processes" if WORLD_SIZE > 1 else ""))
-    say(f"network   {size:,} parameters" + (f", from {args.sample}" if args.sample else ""))
+            protect_earlier_run(config.folder, config.total)
+    images = held_out = None
+    if not config.sample or config.reconstruct:
+        images, held_out = get_images(config)
+    say(f"device    {runtime.device}, {runtime.precision}" + (f", {world.size} processes" if world.size > 1 else ""))
+    say(f"network   {size:,} parameters" + (f", from {config.sample}" if config.sample else ""))
 
-    network = model
-    if not args.sample:
-        ema = copy.deepcopy(model).eval().requires_grad_(False)
-        state = State(model, ema, torch.optim.Adam(model.parameters(), lr=args.lr, fused=True))
-        if checkpoint:
-            state.step = checkpoint["step"]
-            ema.load_state_dict(checkpoint["ema"])
-            state.optimizer.load_state_dict(state.optimizer.state_dict() | {"state": checkpoint["optimizer"]["state"]})
-            for parameter, moments in state.optimizer.state.items():
-                for name in ("exp_avg", "exp_avg_sq"):  # the fused kernel trusts them to lie in memory as the parameter does
-                    moments[name] = torch.empty_like(parameter).copy_(moments[name])
-            checkpoint.clear()  # half a gigabyte
-            run.saved = Path(args.resume).resolve()
-        say(f"images    {args.dataset}: {len(train_images):,} to train on, {len(test_images):,} held out")
-        say(f"steps     {state.step:,} done, {max(0, total - state.step):,} to go, of {args.batch_size} images each")
-        say(f"files     {run.out_dir}, with the log ddim_log.csv")
-        say("A training loss near 0.03 is normal and then looks flat; the held-out loss, on fixed noise, falls for longer.")
+    if not config.sample:
+        model = execute_training(config, checkpoint, runtime, model, schedule, images, held_out)
 
-        def preview(epoch):
-            save_samples(Sampler(ema, schedule, args, run), run.out_dir / f"ddim_samples_epoch_{epoch}.png", count=16)
+    # Draw.
+    evaluations = math.ceil(config.num_samples * config.steps / 256)  # of a batch of some 256
+    sampler = Sampler(model, schedule, config, runtime, evaluations)
+    save_samples(sampler, config.folder / "ddim_samples.png", config.num_samples, config.export)
+    if config.trajectory:
+        trajectory(sampler)
+    if config.interpolate:
+        interpolation(sampler)
+    if config.consistency:
+        consistency(sampler)
+    if config.reconstruct:
+        reconstruction(sampler, held_out)
+    if config.export_weights and world.rank == 0:
+        export_weights(Path(config.export_weights).resolve(), model, config)
+    say(f"next: {next_command(config, runtime)}")
 
-        train(state, train_images, test_images, schedule, args, run, preview)
-        network = model if args.no_ema else ema
-    evaluations = math.ceil(args.num_samples * args.sample_steps[-1] / 256)  # of a batch of some 256
-    sampler = Sampler(network, schedule, args, run, evaluations)
-    save_samples(sampler, run.out_dir / "ddim_samples.png", args.num_samples, args.export)
-    experiments = trajectory, interpolation, consistency, functools.partial(reconstruction, test_images=test_images)
-    for name, draw in zip(EXPERIMENTS, experiments):
-        if getattr(args, name):
-            draw(sampler, run.out_dir)
-    if args.export_weights and RANK == 0:
-        export_weights(Path(args.export_weights).resolve(), network, args)
 
-    script = shlex.quote(sys.argv[0])
-    if args.export and not args.export.endswith(".npz"):
-        say(f"next, with torch-fidelity: fidelity --fid --isc --input1 {shlex.quote(args.export)} --input2 cifar10-train")
-    elif args.sample:
-        say(f"next: python {script} --sample {shlex.quote(args.sample)} --trajectory --interpolate --reconstruct --consistency")
-    else:
-        say(f"next: python {script} --sample {shlex.quote(str(run.saved))} --num-samples 64")
+def execute_training(config, checkpoint, runtime, model, schedule, images, held_out):
+    """Train, and return the network to sample with."""
+    trainer = Trainer(model, schedule, config, runtime)
+    if checkpoint:
+        trainer.load_state_dict(checkpoint)
+        checkpoint.clear()  # half a gigabyte
+        runtime.saved = Path(config.resume).resolve()
+    left = max(0, config.total - trainer.steps)
+    say(f"images    {config.dataset}: {len(images):,} to train on, {len(held_out):,} held out")
+    say(f"steps     {trainer.steps:,} done, {left:,} to go, of {config.batch_size} images each")
+    say(f"files     {config.folder}, with the log ddim_log.csv")
+    say("A training loss near 0.03 is normal and then looks flat; the held-out loss, on fixed noise, falls for longer.")
+
+    def preview(epoch):
+        sampler = Sampler(trainer.ema, schedule, config, runtime)
+        save_samples(sampler, config.folder / f"ddim_samples_epoch_{epoch}.png", count=16)
+
+    train(trainer, images, held_out, preview)
+    return model if config.no_ema else trainer.ema
+
+
+def next_command(config, runtime):
+    """What to try next."""
+    script = f"python {shlex.quote(sys.argv[0])}"
+    if config.export and not config.export.endswith(".npz"):
+        return f"fidelity --fid --isc --input1 {shlex.quote(config.export)} --input2 cifar10-train  (of torch-fidelity)"
+    if config.sample:
+        experiments = "--trajectory --interpolate --reconstruct --consistency"
+        return f"{script} --sample {shlex.quote(config.sample)} {experiments}"
+    return f"{script} --sample {shlex.quote(str(runtime.saved))} --num-samples 64"
 
 
 def resume_command(argv, saved):
-    """What to type to go on."""
+    """The command that resumes this run."""
     argv = sys.argv[1:] if argv is None else argv
-    kept = [word for before, word in zip(["", *argv], argv) if "--resume" not in (before, word.split("=")[0])]
-    start = ["torchrun", "--standalone", f"--nproc_per_node={LOCAL_WORLD_SIZE}"] if "RANK" in os.environ else ["python"]
+    kept = []
+    for i, word in enumerate(argv):
+        follows = i > 0 and argv[i - 1] == "--resume"
+        if not follows and word.split("=")[0] != "--resume":
+            kept.append(word)
+    start = ["torchrun", "--standalone", f"--nproc_per_node={world.local_size}"] if world.size > 1 else ["python"]
     return shlex.join([*start, sys.argv[0], *kept, "--resume", str(saved)])
 
 
 def main(argv=None):
-    """The command. Returns the exit code: 0; 1 diverged; 2 a mistake or a misfortune, in one line; 128 + the signal that came."""
-    args = run = None
+    """The command. Returns the exit code: 0; 1 diverged or a process lost; 2 an error in one line; 128 + the signal."""
+    config = runtime = None
     try:
+        world.read_environment()
         with Signals() as signals:
-            args, checkpoint = parse_args(argv)
-            device = start_processes(args.device)
-            run = Run(device, signals, choose_precision(args.precision, device), args.compile, Path(args.out_dir).resolve())
-            execute(args, checkpoint, run)
-        if WORLD_SIZE > 1:  # NCCL waits for all processes here, so never on the way out of an error
+            config, checkpoint = parse_args(argv)
+            runtime = start(config, signals)
+            execute(config, checkpoint, runtime)
+        if world.size > 1:  # NCCL waits for all processes here, so never on the way out of an error
             dist.destroy_process_group()
         return 0
     except SystemExit as finished:  # --help
         return finished.code or 0
     except Stopped as stopped:
-        code, complaint = 128 + stopped.args[0], f"stopped by {signal.Signals(stopped.args[0]).name}"
-        if run and run.saved:
-            complaint += f"; to go on:\n{resume_command(argv, run.saved)}"
-    except FloatingPointError as error:  # training diverged
-        code, complaint = 1, f"ddim_cifar.py: error: {error}"
+        (signum,) = stopped.args
+        code, complaint = 128 + signum, f"stopped by {signal.Signals(signum).name}"
+        if runtime and runtime.saved:
+            complaint += f"; to go on:\n{resume_command(argv, runtime.saved)}"
     except (UserError, OSError) as error:
         usage = make_parser().format_usage() if isinstance(error, UsageError) else ""
-        code, complaint = 2, f"{usage}ddim_cifar.py: error: {error}"
+        code, complaint = getattr(error, "code", 2), f"{usage}ddim_cifar.py: error: {error}"
     except (MemoryError, RuntimeError) as error:
-        if out_of_memory(error):
-            smaller = "a smaller --sample-batch-size"
-            if args and not args.sample:
-                smaller = f"--batch-size {max(1, args.batch_size // 2 // WORLD_SIZE) * WORLD_SIZE} (or {smaller})"
-            code, complaint = 2, f"ddim_cifar.py: error: out of memory; try {smaller}"
-        elif isinstance(error, dist.DistError) or "gloo" in str(error):
-            code, complaint = 1, f"ddim_cifar.py: error: process {RANK} lost the others: {str(error).splitlines()[0]}"
-        else:
-            raise
+        code, complaint = explain(error, config)
         print(complaint, file=sys.stderr)  # of whichever process
         return code
-    if RANK == 0:
+    if world.rank == 0:
         print(complaint, file=sys.stderr)
     return code
+
+
+def explain(error, config):
+    """Exit code and line for an error of torch's: out of memory, or another process lost. Others are raised again."""
+    if out_of_memory(error):
+        smaller = "a smaller --sample-batch-size"
+        if config and not config.sample:
+            half = max(1, config.batch_size // 2 // world.size) * world.size
+            smaller = f"--batch-size {half} (or {smaller})"
+        return 2, f"ddim_cifar.py: error: out of memory; try {smaller}"
+    if isinstance(error, dist.DistError) or "gloo" in str(error):
+        return 1, f"ddim_cifar.py: error: process {world.rank} lost the others: {str(error).splitlines()[0]}"
+    raise error
 
 
 if __name__ == "__main__":

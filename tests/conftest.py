@@ -1,37 +1,116 @@
+"""What several test files share, as fixtures: the command in this process and in others, a trained checkpoint, readers."""
+
 import collections
-import functools
+import csv
 import os
+import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
+import torch
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # idle threads sleep: tiny models on busy machines run faster, nothing else changes
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # idle threads sleep: tiny models run faster on busy machines
 
 import ddim_cifar
 
-NETWORK = ["--channels", "32", "--channel-mults", "1", "2", "--res-blocks", "1", "--attn-resolutions", "16", "--device", "cpu"]
-TINY = [*NETWORK, "--dataset", "synthetic", "--batch-size", "4", "--sample-steps", "2", "--precision", "fp32"]
+SCRIPT = Path(ddim_cifar.__file__)
+NETWORK = "--channels 32 --channel-mults 1 2 --res-blocks 1 --attn-resolutions 16 --device cpu".split()
+TINY = [*NETWORK, *"--dataset synthetic --batch-size 4 --sample-steps 2 --precision fp32".split()]
 Result = collections.namedtuple("Result", "code out err")
-draw_shapes_once = functools.cache(ddim_cifar.draw_shapes)
+
+
+class Command:
+    """ddim(*flags) runs the command in this process, in a folder of the test's own, with the flags of a tiny network.
+
+    flags=[] or another list replaces those of the tiny network. ddim.start and ddim.torchrun run it in other processes.
+    """
+
+    script, network, tiny = SCRIPT, NETWORK, TINY
+
+    def __init__(self, folder, capfd):
+        self.folder, self.capfd, self.processes = folder, capfd, []
+
+    def __call__(self, *more, flags=TINY, out_dir=None):
+        more = [str(word) for word in more]
+        if not {"--out-dir", "--help"} & set(more):
+            more += ["--out-dir", str(out_dir or self.folder)]
+        self.capfd.readouterr()
+        code = ddim_cifar.main([*flags, *more])
+        return Result(code, *self.capfd.readouterr())
+
+    def start(self, *flags, python=(), **options):
+        """The command in a process of its own, without a network, as from a shell. It is killed when the test ends."""
+        refusing = "http://127.0.0.1:9"
+        options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, **options}
+        options["env"] = {**os.environ, "http_proxy": refusing, "https_proxy": refusing, **options.get("env", {})}
+        command = [sys.executable, *python, str(SCRIPT), *map(str, flags)]
+        process = subprocess.Popen(command, preexec_fn=heed_signals, **options)
+        self.processes.append(process)
+        return process
+
+    def torchrun(self, processes, *flags, **options):
+        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+        return self.start(*flags, python=launcher, env={"OMP_NUM_THREADS": "1"}, **options)
+
+
+def heed_signals():
+    """A test suite in the background hands down that signals are ignored."""
+    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(signum, signal.SIG_DFL)
 
 
 @pytest.fixture
 def ddim(tmp_path, capfd, monkeypatch):
-    """Runs the command in this process, in a folder of its own: ddim(*more_flags) -> Result."""
-    # a tiny model's training takes less time than drawing the shapes, or than the loss of 256 held-out images
-    monkeypatch.setattr(ddim_cifar, "draw_shapes", draw_shapes_once)
+    """The command: see Command. In this process its held-out loss is that of 40 images, not 256, to save time."""
     monkeypatch.setattr(ddim_cifar, "HELD_OUT", 40)
+    command = Command(tmp_path, capfd)
+    yield command
+    for process in command.processes:
+        process.kill()
+        process.communicate()
 
-    def run(*more, flags=TINY, out_dir=tmp_path):
-        out = [] if {"--out-dir", "--help"} & set(more) else ["--out-dir", str(out_dir)]
-        capfd.readouterr()
-        code = ddim_cifar.main([*flags, *out, *map(str, more)])
-        return Result(code, *capfd.readouterr())
 
-    return run
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory):
+    """Of a tiny network after a few steps at a high rate, so that averaged and own weights, and all images, differ."""
+    folder = tmp_path_factory.mktemp("trained")
+    assert (
+        ddim_cifar.main([*TINY, "--iterations", "20", "--lr", "2e-3", "--warmup", "0", "--out-dir", str(folder)]) == 0
+    )
+    return folder / "ddim_model_final.pth"
+
+
+@pytest.fixture(scope="session")
+def load():
+    """Reads a checkpoint, without the program's checks."""
+    return lambda path: torch.load(path, weights_only=True)
+
+
+@pytest.fixture(scope="session")
+def read_log():
+    """The rows of ddim_log.csv in a folder, as dicts of strings."""
+
+    def read(folder):
+        with open(folder / "ddim_log.csv", newline="") as file:
+            return list(csv.DictReader(file))
+
+    return read
+
+
+@pytest.fixture(scope="session")
+def wait_until():
+    """Waits for a condition while a process runs, a minute at most."""
+
+    def wait(condition, process, seconds=60):
+        end = time.monotonic() + seconds
+        while process.poll() is None and not condition():
+            assert time.monotonic() < end, "waited in vain"
+            time.sleep(0.02)
+
+    return wait
 
 
 def pytest_addoption(parser):

@@ -1,207 +1,253 @@
-"""The command as users run it: files, flags, mistakes, stops."""
+"""The command as users run it: the files it leaves, mistakes and misfortunes, signals."""
 
-import csv
 import math
 import os
+import shutil
 import signal
-import subprocess
 import sys
-import time
-from pathlib import Path
+import types
 
 import numpy as np
 import pytest
 import torch
-from conftest import NETWORK, TINY
 from PIL import Image
 
 import ddim_cifar
 
-SCRIPT = Path(ddim_cifar.__file__)
-OFFLINE = {"http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9"}  # refuses at once
+CPU = ["--device", "cpu"]
+ONE = ["--num-samples", "1"]
 
 
-def heed_signals():
-    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # a test suite in the background hands down that they are ignored
-        signal.signal(signum, signal.SIG_DFL)
+# ---- What it leaves --------------------------------------------------------------------------------------------------
 
 
-def start(*flags, **options):
-    environment = {**os.environ, **OFFLINE}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen([sys.executable, str(SCRIPT), *flags], env=environment, preexec_fn=heed_signals, **pipes, **options)
-
-
-def test_quick_test_works_without_network_and_says_what_it_did(tmp_path):
-    process = start(*NETWORK, "--sample-steps", "2", cwd=tmp_path)
-    out, err = process.communicate()
+def test_the_quick_test_works_without_network_and_says_what_it_did(ddim, tmp_path):
+    process = ddim.start(*ddim.network, "--sample-steps", "2", "--batch-size", "4", cwd=tmp_path)
+    out, err = process.communicate(timeout=100)
     assert process.returncode == 0, err
     (warning,) = err.splitlines()
-    assert warning.startswith("warning: CIFAR-10 is not in") and "synthetic" in warning and "Traceback" not in err
-    assert sorted(path.name for path in tmp_path.iterdir() if path.is_file()) == [
-        "ddim_log.csv",
-        "ddim_model_final.pth",
-        "ddim_samples.png",
-    ]
-    for name in ("ddim_model_final.pth", "ddim_samples.png"):
-        assert str(tmp_path / name) in out
+    assert warning.startswith("warning: CIFAR-10 is not in") and "synthetic" in warning
+    names = ["ddim_log.csv", "ddim_model_final.pth", "ddim_samples.png"]
+    assert sorted(path.name for path in tmp_path.iterdir() if path.is_file()) == names
+    assert f"files     {tmp_path}, with the log ddim_log.csv" in out
+    assert all(str(tmp_path / name) in out for name in names[1:])
     with Image.open(tmp_path / "ddim_samples.png") as grid:
         assert grid.width == grid.height and grid.mode == "RGB"
 
 
-def test_training_leaves_every_promised_file(ddim, tmp_path):
-    assert ddim("--epochs", "3", "--iterations", "2", "--save-every", "2").code == 0
-    names = {"ddim_log.csv", "ddim_model_epoch_2.pth", "ddim_samples_epoch_2.png", "ddim_model_final.pth", "ddim_samples.png"}
-    assert {path.name for path in tmp_path.iterdir()} == names
-    with open(tmp_path / "ddim_log.csv", newline="") as file:
-        rows = list(csv.DictReader(file))
+def test_training_leaves_every_promised_file(ddim, tmp_path, load, read_log):
+    result = ddim("--epochs", "3", "--iterations", "2", "--save-every", "2")
+    assert result.code == 0 and not result.err
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "ddim_log.csv",
+        "ddim_model_epoch_2.pth",
+        "ddim_samples_epoch_2.png",
+        "ddim_model_final.pth",
+        "ddim_samples.png",
+    }
+    rows = read_log(tmp_path)
     assert list(rows[0]) == ["step", "epoch", "loss", "val_loss", "lr", "grad_norm", "images_per_s", "seconds"]
     assert [int(row["step"]) for row in rows] == [1, 2, 3, 4, 5, 6]
     assert [int(row["epoch"]) for row in rows] == [1, 1, 2, 2, 3, 3]
     assert [row["val_loss"] != "" for row in rows] == [False, False, False, True, False, True]
     assert all(0 < float(row["loss"]) < 2 and float(row["images_per_s"]) > 0 for row in rows)
-    saved = torch.load(tmp_path / "ddim_model_final.pth", weights_only=True)
-    assert {"format", "config", "step", "model", "ema", "optimizer"} == set(saved) and saved["step"] == 6
+
+    saved = load(tmp_path / "ddim_model_final.pth")
+    assert set(saved) == {"format", "config", "step", "model", "ema", "optimizer"} and saved["step"] == 6
+    assert saved["model"].keys() == saved["ema"].keys() == saved["optimizer"].keys()
     assert not any(name.startswith(("module.", "_orig_mod.")) for name in saved["model"])
 
 
-def test_sampling_takes_the_network_from_the_checkpoint(ddim, tmp_path):
-    ddim("--epochs", "1")
-    result = ddim(
-        *(
-            "--sample",
-            str(tmp_path / "ddim_model_final.pth"),
-            "--num-samples",
-            "5",
-            "--sample-steps",
-            "3",
-            "--export",
-            str(tmp_path / "x.npz"),
-        ),
-        flags=[],
-    )
+def test_sampling_takes_the_network_from_the_checkpoint(ddim, tmp_path, checkpoint):
+    flags = ["--num-samples", "5", "--sample-steps", "3", "--export", tmp_path / "x.npz"]
+    result = ddim("--sample", checkpoint, *flags, flags=CPU)
     assert result.code == 0, result.err
     with np.load(tmp_path / "x.npz") as archive:
         assert archive["arr_0"].shape == (5, 32, 32, 3) and archive["arr_0"].dtype == np.uint8
+    assert {path.name for path in tmp_path.iterdir()} == {"x.npz", "ddim_samples.png"}
+
+
+def drawn(ddim, path, checkpoint, *flags):
+    """The images drawn with these flags, as int [N, 32, 32, 3]."""
+    few = ["--num-samples", "4", "--sample-steps", "3", "--export", path]
+    assert ddim("--sample", checkpoint, *few, *flags, flags=CPU).code == 0
+    return np.load(path)["arr_0"].astype(int)
+
+
+def assert_close_but_not_equal(a, b, most):
+    assert 0 < np.abs(np.subtract(a, b)).max() < most
+
+
+def test_bf16_trains_and_samples_nearly_as_fp32_does_and_keeps_weights_in_float32(
+    ddim, tmp_path, checkpoint, load, read_log
+):
+    losses = []
+    for precision in ("fp32", "bf16"):
+        folder = tmp_path / precision
+        result = ddim("--iterations", "2", *ONE, "--precision", precision, out_dir=folder)
+        assert result.code == 0 and f"cpu, {precision}" in result.out, result.err
+        losses.append([float(row["loss"]) for row in read_log(folder)])
+        saved = load(folder / "ddim_model_final.pth")
+        moments = {f"{name} {key}": value for name, of in saved["optimizer"].items() for key, value in of.items()}
+        for part in (saved["model"], saved["ema"], moments):
+            assert all(value.dtype == torch.float32 for value in part.values())
+    assert_close_but_not_equal(*losses, most=0.02)
+    images = [drawn(ddim, tmp_path / f"{name}.npz", checkpoint, "--precision", name) for name in ("fp32", "bf16")]
+    assert_close_but_not_equal(*images, most=30)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++", "cl"))), reason="torch.compile needs a compiler")
+def test_a_compiled_network_trains_and_samples_as_the_network_itself_does(ddim, tmp_path, load, read_log):
+    losses, images = [], []
+    small = ["--channel-mults", "1", "--attn-resolutions", "--dropout", "0"]
+    for choice in ("off", "on"):
+        folder = tmp_path / choice
+        more = [*small, "--compile", choice, "--num-samples", "5", "--sample-batch-size", "2"]
+        result = ddim("--iterations", "3", *more, "--export", folder / "x.npz", out_dir=folder)
+        assert result.code == 0, result.err
+        losses.append([float(row["loss"]) for row in read_log(folder)])
+        images.append(np.load(folder / "x.npz")["arr_0"].astype(int))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3) and np.abs(images[0] - images[1]).max() <= 2
+    off, on = (load(tmp_path / choice / "ddim_model_final.pth") for choice in ("off", "on"))
+    assert all(off[part].keys() == on[part].keys() for part in ("model", "ema", "optimizer"))
+    assert ddim("--resume", "auto", "--compile", "off", "--epochs", "2", flags=CPU, out_dir=tmp_path / "on").code == 0
+
+
+# ---- Mistakes and misfortunes ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     "flags, words",
     [
-        (["--epochs", "0"], ["--epochs", "0", "at least 1"]),
-        (["--epochs", "two"], ["--epochs", "two", "whole number"]),
-        (["--lr", "0"], ["--lr", "above 0"]),
-        (["--lr", "nan"], ["--lr", "nan"]),
-        (["--eta", "1.5"], ["--eta", "1.5", "0..1"]),
-        (["--dropout", "1"], ["--dropout", "0..0.99"]),
-        (["--channels", "48"], ["--channels", "48", "32"]),
-        (["--channel-mults", "1", "x"], ["--channel-mults", "x"]),
-        (["--attn-resolutions", "5"], ["--attn-resolutions", "5", "32 16 8 4"]),
-        (["--sample-steps", "1001"], ["--sample-steps", "1001", "1..1000"]),
-        (["--beta-start", "0.5"], ["--beta-start", "0.5", "--beta-end"]),
-        (["--order", "2", "--eta", "0.5"], ["--order", "--eta"]),
-        (["--tau", "cubic"], ["--tau", "cubic", "quadratic"]),
-        (["--epoch", "3"], ["--epoch"]),
-        (["--device", "tpu"], ["--device", "tpu"]),
-        (["--seed", "-1"], ["--seed", "-1"]),
-        (["--sample", "x.pth", "--epochs", "3"], ["--sample", "--epochs"]),
-        (["--sample", "x.pth", "--resume", "x.pth"], ["--sample", "--resume"]),
-        (["--resume", ""], ["--resume", "name of a file"]),
-        (["--reconstruct", "--eta", "1"], ["--reconstruct", "--eta"]),
-    ],
-)
-def test_a_wrong_flag_is_explained(ddim, flags, words):
-    result = ddim(*flags, flags=[])
-    assert result.code == 2 and result.err.startswith("usage: ")
-    assert all(word in result.err.splitlines()[-1] for word in words), result.err
-
-
-@pytest.mark.parametrize(
-    "flags, words",
-    [
-        (["--resume", "{}/none.pth"], ["none.pth", "no such file"]),
-        (["--sample", "{}/none.pth"], ["none.pth", "no such file"]),
-        (["--dataset", "folder", "--data-dir", "{}/none"], ["--data-dir", "none", "no such folder"]),
-        (["--dataset", "folder", "--data-dir", "{}"], ["--data-dir", "holds no image files"]),
-        (["--out-dir", "{}/file/out"], ["--out-dir", "file/out"]),
-        (["--export", "{}/file/x.npz"], ["--export", "file"]),
+        ("--resume {}/none.pth", ["none.pth", "no such file"]),
+        ("--sample {}/none.pth", ["none.pth", "no such file"]),
+        ("--sample {}", ["no such file"]),
+        ("--dataset folder --data-dir {}/none", ["--data-dir", "none", "no such folder"]),
+        ("--dataset folder --data-dir {}", ["--data-dir", "holds no image files"]),
+        ("--out-dir {}/file/out", ["--out-dir", "file/out"]),
+        ("--export {}/file/x.npz", ["--export", "file"]),
+        ("--export-weights {}/file/w", ["--export-weights", "file"]),
     ],
 )
 def test_a_wrong_path_is_explained_in_one_line(ddim, tmp_path, flags, words):
     (tmp_path / "file").touch()
-    result = ddim(*[flag.format(tmp_path) for flag in flags], flags=[] if "--sample" in flags else TINY)
+    flags = [flag.format(tmp_path) for flag in flags.split()]
+    result = ddim(*flags, flags=CPU if "--sample" in flags else ddim.tiny)
     (line,) = result.err.splitlines()
     assert result.code == 2 and all(word in line for word in words), line
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA is there")
 def test_a_missing_device_is_explained(ddim):
-    result = ddim("--device", "cuda", flags=NETWORK)
+    result = ddim("--device", "cuda", flags=ddim.network)
     assert result.code == 2 and "--device cuda: not available" in result.err
 
 
-def test_help_fits_two_screens_and_shows_defaults(ddim):
-    result = ddim("--help", flags=[])
-    assert result.code == 0 and len(result.out.splitlines()) < 110
-    for text in ("--epochs", "[0.0002]", "[quadratic]", "--reconstruct", "[1 2 2 2]"):
-        assert text in result.out
+def planned(load, path, iterations):
+    """Make a checkpoint one of a run that was to take so many steps."""
+    saved = load(path)
+    torch.save({**saved, "config": {**saved["config"], "iterations": iterations}}, path)
 
 
-@pytest.mark.parametrize("taken, planned, kind", [(3, 3, "a longer run, of 3 steps"), (1, 3, "an interrupted run, of 1 steps")])
-def test_an_earlier_run_is_not_overwritten(ddim, tmp_path, taken, planned, kind):
+@pytest.mark.parametrize(
+    "taken, whole, kind", [(3, 3, "a longer run, of 3 steps"), (1, 3, "an interrupted run, of 1 steps")]
+)
+def test_an_earlier_run_is_not_overwritten(ddim, tmp_path, load, taken, whole, kind):
     path = tmp_path / "ddim_model_final.pth"
-    ddim("--iterations", taken)
-    saved = torch.load(path, weights_only=True)
-    torch.save({**saved, "config": {**saved["config"], "iterations": planned}}, path)
+    ddim("--iterations", taken, *ONE)
+    planned(load, path, whole)
     before = path.read_bytes()
     result = ddim("--iterations", max(2, taken - 1))
     assert result.code == 2 and kind in result.err and path.read_bytes() == before
 
 
-def test_a_checkpoint_is_only_replaced_by_a_complete_one(ddim, tmp_path, monkeypatch):
-    ddim()
-    before = (tmp_path / "ddim_model_final.pth").read_bytes()
+@pytest.mark.parametrize("reverse", [False, True], ids=["listed_upwards", "listed_downwards"])
+def test_of_several_checkpoints_the_longest_is_protected(ddim, tmp_path, checkpoint, load, monkeypatch, reverse):
+    saved = load(checkpoint)
+    for step in (1, 2, 3):
+        content = {"config": {**saved["config"], "iterations": 3}, "step": step}
+        torch.save({**saved, **content}, tmp_path / f"ddim_model_epoch_{step}.pth")
+    paths = sorted(tmp_path.glob("*.pth"), reverse=reverse)  # a folder may list them in any order
+    monkeypatch.setattr(type(tmp_path), "glob", lambda folder, pattern: iter(paths if pattern.endswith("pth") else ()))
+    result = ddim("--iterations", "2")
+    assert result.code == 2 and "a longer run, of 3 steps" in result.err
 
-    def full_disk(checkpoint, file):
+
+@pytest.mark.parametrize("fails", ["while_writing", "while_renaming"])
+def test_a_checkpoint_is_only_replaced_by_a_complete_one(ddim, tmp_path, monkeypatch, fails):
+    path, replace = tmp_path / "ddim_model_final.pth", os.replace
+    ddim(*ONE)
+    before = path.read_bytes()
+
+    def full(content, file):
         file.write(b"half of it")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(torch, "save", full_disk)
-    result = ddim()
-    assert result.code == 2 and "No space left on device" in result.err and len(result.err.splitlines()) == 1
-    assert (tmp_path / "ddim_model_final.pth").read_bytes() == before and not list(tmp_path.glob("*.tmp"))
+    def full_at_the_end(source, target):
+        if str(target) == str(path):
+            raise OSError(28, "No space left on device")
+        replace(source, target)
+
+    if fails == "while_writing":
+        monkeypatch.setattr(torch, "save", full)
+    else:
+        monkeypatch.setattr(os, "replace", full_at_the_end)
+    result = ddim("--seed", "1", *ONE)
+    (line,) = result.err.splitlines()
+    assert result.code == 2 and "No space left on device" in line and str(path) in line
+    assert path.read_bytes() == before and not list(tmp_path.glob("*.tmp"))
+
+
+def leave_free(monkeypatch, megabytes):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: types.SimpleNamespace(free=1_000_000 * megabytes))
 
 
 def test_too_small_a_disk_is_noticed_before_training(ddim, tmp_path, monkeypatch):
-    monkeypatch.setattr(ddim_cifar.shutil, "disk_usage", lambda path: type("", (), {"free": 1_000_000}))
+    leave_free(monkeypatch, 1)
     result = ddim()
-    assert result.code == 2 and "MB needed" in result.err and not list(tmp_path.iterdir())
+    assert result.code == 2 and "1 MB free" in result.err and "MB needed" in result.err and not list(tmp_path.iterdir())
 
 
-def test_out_of_memory_says_what_to_try(ddim, monkeypatch):
-    def full(self, x, t):
-        raise torch.OutOfMemoryError("CUDA out of memory")
+def test_too_small_a_disk_for_all_checkpoints_is_said_before_training(ddim, tmp_path, monkeypatch):
+    leave_free(monkeypatch, 500)
+    monkeypatch.setattr(ddim_cifar, "train", lambda *_: None)  # which would take days
+    few, many = (ddim("--epochs", epochs, "--save-every", "1", *ONE) for epochs in (2, 1000))
+    assert few.code == 0 and not few.err
+    assert many.code == 0 and many.err.startswith("warning: ") and "--save-every" in many.err
 
-    monkeypatch.setattr(ddim_cifar.UNet, "forward", full)
+
+def exhaust_memory(monkeypatch, above=0):
+    """Let the network run out of memory with more images than that."""
+    forward = ddim_cifar.UNet.forward
+
+    def limited(self, x, t):
+        if len(x) > above:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward(self, x, t)
+
+    monkeypatch.setattr(ddim_cifar.UNet, "forward", limited)
+
+
+def test_out_of_memory_in_training_says_what_to_try(ddim, monkeypatch):
+    exhaust_memory(monkeypatch)
     result = ddim("--batch-size", "8")
     assert result.code == 2 and "out of memory; try --batch-size 4" in result.err
 
 
-def test_sampling_goes_on_with_smaller_batches_when_memory_is_short(ddim, tmp_path, monkeypatch):
-    ddim()
-    checkpoint, forward = str(tmp_path / "ddim_model_final.pth"), ddim_cifar.UNet.forward
-    export = ["--sample", checkpoint, "--num-samples", "7", "--sample-steps", "2", "--precision", "fp32", "--export"]
-    ddim(*export, str(tmp_path / "a.npz"), flags=[])
+def test_memory_that_does_not_suffice_for_one_image_is_explained(ddim, checkpoint, monkeypatch):
+    exhaust_memory(monkeypatch)
+    result = ddim("--sample", checkpoint, "--num-samples", "4", "--sample-steps", "2", flags=CPU)
+    (line,) = result.err.splitlines()
+    assert result.code == 2 and "out of memory; try a smaller --sample-batch-size" in line
 
-    def small(self, x, t):
-        if len(x) > 2:
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        return forward(self, x, t)
 
-    monkeypatch.setattr(ddim_cifar.UNet, "forward", small)
-    assert ddim(*export, str(tmp_path / "b.npz"), flags=[]).code == 0
-    a, b = (np.load(tmp_path / name)["arr_0"].astype(int) for name in ("a.npz", "b.npz"))
-    assert a.shape == b.shape == (7, 32, 32, 3) and np.abs(a - b).max() <= 1
+def test_sampling_goes_on_with_smaller_batches_when_memory_is_short(ddim, tmp_path, checkpoint, monkeypatch):
+    flags = ["--num-samples", "7", "--precision", "fp32"]
+    whole = drawn(ddim, tmp_path / "whole.npz", checkpoint, *flags)
+    exhaust_memory(monkeypatch, above=2)
+    halved = drawn(ddim, tmp_path / "halved.npz", checkpoint, *flags)
+    assert whole.shape == halved.shape == (7, 32, 32, 3) and np.abs(whole - halved).max() <= 1
 
 
 def poison(monkeypatch, bad_steps):
@@ -215,44 +261,146 @@ def poison(monkeypatch, bad_steps):
     monkeypatch.setattr(ddim_cifar.UNet, "forward", poisoned)
 
 
-def test_bad_numbers_are_skipped_and_counted(ddim, tmp_path, monkeypatch):
+def test_bad_steps_are_skipped_and_counted(ddim, tmp_path, monkeypatch, read_log):
     poison(monkeypatch, {1, 2})
-    result = ddim("--iterations", "4", "--warmup", "0")
+    result = ddim("--iterations", "4", "--warmup", "0", *ONE)
     assert result.code == 0 and "2 bad steps skipped" in result.out
-    saved = ddim_cifar.load_checkpoint(tmp_path / "ddim_model_final.pth", "cpu")
-    assert all(moments["step"] == 2 for moments in saved["optimizer"]["state"].values())
+    assert [math.isfinite(float(row["loss"])) for row in read_log(tmp_path)] == [True, False, False, True]
+    saved = ddim_cifar.load_checkpoint(tmp_path / "ddim_model_final.pth", "cpu")  # which refuses what is not finite
+    assert {int(moments["step"]) for moments in saved["optimizer"].values() if "step" in moments} == {2}
 
 
-def test_ten_bad_steps_in_a_row_end_the_run(ddim, tmp_path, monkeypatch):
+def test_ten_bad_steps_in_a_row_end_the_run_with_all_as_before_them(ddim, tmp_path, monkeypatch, load):
     poison(monkeypatch, range(4, 100))
-    result = ddim("--epochs", "10", "--iterations", "4", "--save-every", "1")
-    assert result.code == 1 and "10 steps in a row" in result.err and str(tmp_path / "ddim_model_epoch_3.pth") in result.err
-    first, last = (ddim_cifar.load_checkpoint(tmp_path / f"ddim_model_epoch_{i}.pth", "cpu")["model"] for i in (1, 3))
-    assert all(torch.equal(first[name], last[name]) for name in first)
+    result = ddim("--epochs", "10", "--iterations", "4", "--save-every", "1", *ONE)
+    last = tmp_path / "ddim_model_epoch_3.pth"
+    assert result.code == 1 and "10 steps in a row" in result.err and str(last) in result.err
+    before, after = load(tmp_path / "ddim_model_epoch_1.pth"), load(last)
+    assert all(torch.equal(before["model"][name], after["model"][name]) for name in before["model"])
+    for name, moments in before["optimizer"].items():
+        assert all(torch.equal(value, after["optimizer"][name][key]) for key, value in moments.items())
+
+
+# ---- Signals ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("signum, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
-def test_a_signal_ends_the_run_with_a_checkpoint_and_the_command_that_goes_on(tmp_path, signum, code):
-    process = start(*TINY, "--epochs", "100000", "--out-dir", str(tmp_path))
+def test_a_signal_ends_training_with_a_checkpoint_and_the_command_that_goes_on(
+    ddim, tmp_path, load, read_log, wait_until, signum, code
+):
+    process = ddim.start(*ddim.tiny, "--epochs", "100000", "--out-dir", tmp_path)
     log = tmp_path / "ddim_log.csv"
-    while process.poll() is None and not (log.exists() and log.read_text().count("\n") > 3):
-        time.sleep(0.05)
+    wait_until(lambda: log.exists() and log.read_text().count("\n") > 3, process)
     process.send_signal(signum)
-    err = process.communicate(timeout=60)[1]
+    _, err = process.communicate(timeout=60)
     assert process.returncode == code, err
     assert "Traceback" not in err and err.splitlines()[-1].endswith(f"--resume {tmp_path / 'ddim_model_last.pth'}")
-    saved = ddim_cifar.load_checkpoint(tmp_path / "ddim_model_last.pth", "cpu")
-    assert saved["step"] == int(log.read_text().splitlines()[-1].split(",")[0])
+    assert load(tmp_path / "ddim_model_last.pth")["step"] == int(read_log(tmp_path)[-1]["step"])
 
 
-@pytest.mark.parametrize("rank, left", [(None, [130]), ("0", [])])  # torchrun, which sets RANK, repeats the first by itself
-def test_a_second_ctrl_c_quits_at_once(monkeypatch, rank, left):
-    monkeypatch.setattr(os, "_exit", lambda code: exits.append(code))
-    monkeypatch.setenv("RANK", rank) if rank else monkeypatch.delenv("RANK", raising=False)
-    exits, before = [], signal.signal(signal.SIGINT, signal.default_int_handler)
-    with ddim_cifar.Signals() as signals:
-        signals.postpone(True)
-        for _ in range(2):
-            os.kill(os.getpid(), signal.SIGINT)
+def test_a_signal_ends_sampling_in_one_line(ddim, tmp_path, checkpoint, wait_until):
+    many = [
+        "--num-samples",
+        "100000",
+        "--sample-steps",
+        "2",
+        "--sample-batch-size",
+        "4",
+        "--export",
+        tmp_path / "images",
+    ]
+    process = ddim.start("--sample", checkpoint, *CPU, *many, "--export", tmp_path / "images", "--out-dir", tmp_path)
+    wait_until(lambda: (tmp_path / "images" / "00003.png").exists(), process)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 143 and err == "stopped by SIGTERM\n", err
+
+
+@pytest.fixture
+def ctrl_c(monkeypatch):
+    """Presses Ctrl-C; where the program quits at once, its code is in the list ctrl_c.exits."""
+    exits = []
+    monkeypatch.setattr(os, "_exit", exits.append)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def press():
+        os.kill(os.getpid(), signal.SIGINT)
+
+    press.exits = exits
+    yield press
     signal.signal(signal.SIGINT, before)
-    assert exits == left
+
+
+def test_ctrl_c_waits_for_the_end_of_a_postponed_block_and_a_second_one_does_not(ctrl_c, monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+    reached = []
+    with ddim_cifar.Signals() as signals, pytest.raises(ddim_cifar.Stopped), signals.postponed():
+        ctrl_c()
+        reached.append("after the first")
+        assert ctrl_c.exits == []
+        ctrl_c()
+        assert ctrl_c.exits == [130]
+    assert reached and signals.received == signal.SIGINT
+
+
+def test_ctrl_c_is_heeded_at_once_where_nothing_or_a_preview_is_under_way(ctrl_c):
+    for inside in (False, True):
+        with (
+            ddim_cifar.Signals() as signals,
+            pytest.raises(ddim_cifar.Stopped),
+            signals.postponed(inside),
+            signals.heeded(),
+        ):
+            ctrl_c()
+            pytest.fail("it went on")
+
+
+def test_what_torchrun_repeats_by_itself_is_no_second_ctrl_c(ctrl_c, monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    with ddim_cifar.Signals() as signals, pytest.raises(ddim_cifar.Stopped), signals.postponed():
+        ctrl_c()
+        ctrl_c()
+        assert ctrl_c.exits == []
+        signals.since -= 2  # seconds later it is the user's
+        ctrl_c()
+        assert ctrl_c.exits == [130]
+
+
+def test_under_nohup_a_closed_terminal_is_ignored():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with ddim_cifar.Signals():
+            assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_signals_are_as_before_when_the_command_is_through(ddim):
+    before = [signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
+    ddim("--epochs", "0")
+    assert [signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)] == before
+
+
+@pytest.mark.parametrize(
+    "typed", ["--epochs 3", "--resume old.pth --epochs 3", "--resume=old.pth --epochs 3", "--epochs 3 --resume auto"]
+)
+def test_the_command_that_goes_on_is_one_a_shell_understands(monkeypatch, typed):
+    monkeypatch.setattr(sys, "argv", ["ddim_cifar.py"])
+    command = ddim_cifar.resume_command(typed.split(), "my folder/x.pth")
+    assert command == "python ddim_cifar.py --epochs 3 --resume 'my folder/x.pth'"
+
+
+def test_several_processes_go_on_as_several(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["ddim_cifar.py", "--epochs", "3"])
+    monkeypatch.setattr(ddim_cifar.world, "size", 3)
+    monkeypatch.setattr(ddim_cifar.world, "local_size", 3)
+    command = ddim_cifar.resume_command(None, "x.pth")
+    assert command == "torchrun --standalone --nproc_per_node=3 ddim_cifar.py --epochs 3 --resume x.pth"
+
+
+def test_minutes_between_saves_are_minutes(ddim, monkeypatch):
+    """By a clock that goes on by a second each time it is read: some 30 seconds for the eight steps."""
+    clock = iter(range(10**6))
+    monkeypatch.setattr(ddim_cifar.time, "monotonic", lambda: float(next(clock)))
+    saved = ddim("--iterations", "8", *ONE, "--save-minutes", "0.2").out.count("saved ")
+    assert 2 <= saved <= 4  # one at the end, the others 12 seconds and more apart

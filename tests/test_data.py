@@ -9,51 +9,69 @@ import urllib.request
 import numpy as np
 import pytest
 import torch
-from conftest import NETWORK
 from PIL import Image
 
 import ddim_cifar
 
-DEVICE = torch.device("cpu")
+CPU = torch.device("cpu")
 
 
-def indices(count, batch_size, first, last, **options):
-    return [index for batch in ddim_cifar.Order(count, batch_size, 0, first, last, **options) for index in batch]
+def batches(count, batch_size, first, last, seed=0):
+    return list(ddim_cifar.batches(count, batch_size, seed, first, last))
+
+
+def draw_step(n, batch_size=8, timesteps=1000, seed=0):
+    return ddim_cifar.draw_step(n, batch_size, timesteps, seed, CPU)
+
+
+@pytest.fixture
+def in_each_of(monkeypatch):
+    """in_each_of(size, function): what each of so many processes gets from the function."""
+
+    def call(size, function):
+        results = []
+        with monkeypatch.context() as patch:
+            patch.setattr(ddim_cifar.world, "size", size)
+            for rank in range(size):
+                patch.setattr(ddim_cifar.world, "rank", rank)
+                results.append(function())
+        return results
+
+    return call
 
 
 @pytest.mark.parametrize("count, batch_size", [(10, 4), (7, 7), (3, 8), (100, 32)])
 def test_a_pass_shows_every_image_once_and_short_batches_are_completed_from_the_next(count, batch_size):
-    shown = indices(count, batch_size, 0, 3 * count)
+    shown = [index for batch in batches(count, batch_size, 0, 3 * count) for index in batch]
     assert len(shown) == 3 * count * batch_size
     passes = [shown[i : i + count] for i in range(0, len(shown) - count + 1, count)]
     assert all(sorted(one) == list(range(count)) for one in passes) and (count < 7 or passes[0] != passes[1])
 
 
-def test_order_depends_on_the_position_alone():
-    assert indices(10, 4, 0, 9) == indices(10, 4, 0, 5) + indices(10, 4, 5, 9)
-    halves = [list(ddim_cifar.Order(10, 4, 0, 0, 9, rank=rank, world_size=2)) for rank in (0, 1)]
-    assert [a + b for a, b in zip(*halves)] == list(ddim_cifar.Order(10, 4, 0, 0, 9))
+def test_the_order_depends_on_seed_and_position_alone(in_each_of):
+    whole = batches(10, 4, 0, 9)
+    assert whole == batches(10, 4, 0, 5) + batches(10, 4, 5, 9) != batches(10, 4, 0, 9, seed=1)
+    halves = in_each_of(2, lambda: batches(10, 4, 0, 9))
+    assert [a + b for a, b in zip(*halves)] == whole
 
 
-def test_draws_depend_on_seed_and_step_alone_and_processes_take_their_share():
-    whole = ddim_cifar.Draws(8, 1000, 0, DEVICE)
-    later = whole(5)
-    whole(6)
-    for a, b, c in zip(later, whole(5), ddim_cifar.Draws(8, 1000, 1, DEVICE)(5)):
-        assert torch.equal(a, b) and not torch.equal(a, c)
-    shares = [ddim_cifar.Draws(8, 1000, 0, DEVICE, rank, 4)(5) for rank in range(4)]
-    assert all(torch.equal(whole_part, torch.cat(parts)) for whole_part, parts in zip(later, zip(*shares)))
+def test_draws_depend_on_seed_and_step_alone_and_processes_take_their_share(in_each_of):
+    whole = draw_step(5)
+    draw_step(6)
+    for a, b, other_step, other_seed in zip(whole, draw_step(5), draw_step(6), draw_step(5, seed=1)):
+        assert torch.equal(a, b) and not torch.equal(a, other_step) and not torch.equal(a, other_seed)
+    shares = in_each_of(4, lambda: draw_step(5))
+    assert all(torch.equal(all_of_it, torch.cat(parts)) for all_of_it, parts in zip(whole, zip(*shares)))
 
 
 def test_draws_are_fair_flips_and_normal_eps():
-    flip, _, eps = ddim_cifar.Draws(4000, 10, 0, DEVICE)(0)
+    flip, _, eps = draw_step(0, batch_size=4000)
     assert 0.45 < flip.float().mean() < 0.55 and abs(eps.mean()) < 0.01 and abs(eps.std() - 1) < 0.01
 
 
 @pytest.mark.parametrize("timesteps", [10, 1000])
 def test_each_t_is_uniform_and_a_batch_of_them_evenly_spread(timesteps):
-    draws = ddim_cifar.Draws(10, timesteps, 0, DEVICE)
-    t = torch.stack([draws(n)[1] for n in range(600)])
+    t = torch.stack([draw_step(n, 10, timesteps)[1] for n in range(600)])
     assert all(row.sort().values.diff().eq(timesteps // 10).all() for row in t)
     counts = torch.stack([torch.bincount(column * 10 // timesteps, minlength=10) for column in t.T])
     assert counts.min() > 30 and counts.max() < 95  # 60 each, give or take 7
@@ -61,9 +79,10 @@ def test_each_t_is_uniform_and_a_batch_of_them_evenly_spread(timesteps):
 
 def test_the_loader_fetches_uint8_batches_in_order():
     images = torch.randint(256, (20, 3, 32, 32), dtype=torch.uint8)
-    order = ddim_cifar.Order(20, 6, 0, 0, 4)
-    batches = list(ddim_cifar.make_loader(images, order, DEVICE))
-    assert all(torch.equal(batch, images[torch.tensor(chosen)]) for batch, chosen in zip(batches, order)) and len(batches) == 4
+    order = batches(20, 6, 0, 4)
+    loaded = list(ddim_cifar.make_loader(images, order, CPU))
+    assert len(loaded) == 4
+    assert all(torch.equal(batch, images[torch.tensor(chosen)]) for batch, chosen in zip(loaded, order))
 
 
 def test_synthetic_images_are_always_the_same_and_differ_from_those_held_out():
@@ -81,8 +100,8 @@ def picture(mode="RGB", size=(50, 40)):
 
 def test_a_folder_of_images_of_every_kind_is_read(tmp_path):
     (tmp_path / "below").mkdir()
-    for mode, name in [("RGB", "a.png"), ("L", "b.png"), ("P", "c.gif"), ("RGBA", "below/d.png"), ("LA", "e.png"), ("CMYK", "f.jpg"),
-                       ("I;16", "g.png"), ("1", "h.bmp"), ("RGB", "i.WEBP")]:  # fmt: skip
+    names = {"a.png": "RGB", "b.png": "L", "c.gif": "P", "below/d.png": "RGBA", "e.png": "LA", "f.jpg": "CMYK"}
+    for name, mode in {**names, "g.png": "I;16", "h.bmp": "1", "i.WEBP": "RGB"}.items():
         picture(mode).save(tmp_path / name)
     picture(size=(3000, 20)).save(tmp_path / "wide.jpg")
     picture(size=(1, 1)).save(tmp_path / "small.png")
@@ -108,6 +127,28 @@ def test_a_folder_keeps_what_images_show(tmp_path):
     assert (transparent == 255).all() and (deep == 128).all() and (cropped[:, :, 2:30] == 255).all()
 
 
+def test_sixteen_bits_become_eight_and_eight_bits_in_thirty_two_stay(tmp_path):
+    for i, value in enumerate((0, 256, 32640, 65279, 65535)):  # 257 k and its neighbours
+        Image.fromarray(np.full((32, 32), value, np.uint16)).save(tmp_path / f"{i}.png")
+    Image.fromarray(np.full((32, 32), 200, np.int32)).save(tmp_path / "9.tif")
+    images, _ = ddim_cifar.load_images("folder", tmp_path)
+    assert images[:, 0, 0, 0].tolist() == [0, 1, 127, 254, 255, 200]
+
+
+def test_transparency_of_grey_and_of_palettes_becomes_white(tmp_path):
+    Image.new("LA", (32, 32), (0, 0)).save(tmp_path / "grey.png")
+    Image.new("P", (32, 32), 0).save(tmp_path / "palette.gif", transparency=0)
+    images, _ = ddim_cifar.load_images("folder", tmp_path)
+    assert len(images) == 2 and (images == 255).all()
+
+
+def test_a_larger_picture_is_averaged_down_without_aliasing(tmp_path):
+    checks = np.indices((128, 128)).sum(0) % 2 * 255
+    Image.fromarray(checks.astype(np.uint8)).save(tmp_path / "checks.png")
+    image = ddim_cifar.load_images("folder", tmp_path)[0].float()
+    assert abs(image.mean() - 127.5) < 3 and image.std() < 10
+
+
 def test_a_broken_image_is_named_and_skipped(tmp_path, capsys):
     picture().save(tmp_path / "good.png")
     whole = (tmp_path / "good.png").read_bytes()
@@ -128,7 +169,7 @@ def test_a_folder_without_a_readable_image_is_an_error(tmp_path):
 
 @pytest.fixture
 def cifar10(tmp_path, monkeypatch):
-    """A small CIFAR-10 of the official layout, whose md5 sums torchvision is told, and a server that does not answer."""
+    """A small CIFAR-10 in the official layout, its md5 sums told to torchvision, and a server that does not answer."""
     from torchvision.datasets import CIFAR10
     from torchvision.datasets.utils import calculate_md5
 
@@ -178,7 +219,8 @@ def test_an_archive_cut_short_is_named_with_its_md5(tmp_path, cifar10):
     with tarfile.open(fileobj=content, mode="w:gz") as archive:
         archive.add(cifar10, cifar10.name)
     (where / "cifar-10-python.tar.gz").write_bytes(content.getvalue()[:-100])
-    with pytest.raises(ddim_cifar.UserError, match=r"cifar-10-python.tar.gz is corrupt .* its md5 is .* the right one c58f30108f71"):
+    complaint = r"cifar-10-python.tar.gz is corrupt .* its md5 is .* the right one c58f30108f71"
+    with pytest.raises(ddim_cifar.UserError, match=complaint):
         ddim_cifar.load_images("cifar10", where)
 
 
@@ -202,9 +244,8 @@ def test_a_download_that_breaks_off_leaves_nothing_behind(tmp_path, cifar10, mon
 
 
 def test_a_real_run_without_cifar10_stops_and_says_what_to_fetch(ddim, tmp_path, cifar10):
-    result = ddim("--data-dir", tmp_path / "none", "--epochs", "2", flags=NETWORK)
+    result = ddim("--data-dir", tmp_path / "none", "--epochs", "2", flags=ddim.network)
     (line,) = result.err.splitlines()
     assert result.code == 2
-    assert all(
-        word in line for word in (ddim_cifar.CIFAR10_URL, "c58f30108f718f92721af3b95e74349a", str(tmp_path / "none"), "--dataset synthetic")
-    )
+    advice = (ddim_cifar.CIFAR10_URL, "c58f30108f718f92721af3b95e74349a", str(tmp_path / "none"), "--dataset synthetic")
+    assert all(words in line for words in advice)

@@ -1,4 +1,4 @@
-"""The schedule, the choice of steps, the samplers and the interpolation, against closed forms, float64 references and diffusers."""
+"""Schedule, choice of steps, samplers and interpolation, against closed forms, float64 references and diffusers."""
 
 import functools
 import math
@@ -8,7 +8,17 @@ import pytest
 import torch
 from diffusers import DDIMScheduler
 
-from ddim_cifar import TAUS, NoiseSchedule, ddim_encode, ddim_sample, ddim_timesteps, slerp, to_float, to_uint8
+from ddim_cifar import (
+    TAUS,
+    NoisePredictor,
+    NoiseSchedule,
+    ddim_encode,
+    ddim_sample,
+    ddim_timesteps,
+    slerp,
+    to_float,
+    to_uint8,
+)
 
 MU, STD = 0.3, 0.5  # of Gaussian data, N(MU, STD^2) in each pixel
 
@@ -57,13 +67,51 @@ def test_add_noise_is_equation_4_with_a_timestep_for_each_image(shape, dtype, to
         torch.testing.assert_close(x_t[image].double(), expected, rtol=0, atol=4 * tolerance)
 
 
+# ---- What the network's output stands for ----------------------------------------------------------------------------
+
+
+def zeros(x, t):
+    return torch.zeros_like(x)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_where_a_network_returns_zero_v_makes_its_eps_the_noise_share_of_x_t(dtype):
+    schedule, x, t = NoiseSchedule(), randn(4, 3, 8, 8, dtype=dtype), torch.tensor([0, 10, 500, 999])
+    noise_scale = (1 - schedule.alphas_cumprod[t]).sqrt().to(dtype).view(4, 1, 1, 1)
+    assert torch.equal(NoisePredictor(zeros, schedule, "v")(x, t), noise_scale * x)
+    assert torch.equal(NoisePredictor(zeros, schedule, "eps")(x, t), 0 * x)
+
+
+def test_v_and_x_t_make_eps_as_they_make_x_0():
+    """v = sqrt(alpha) eps - sqrt(1 - alpha) x_0: from it and x_t follow eps, and with Eq. 9 x_0."""
+    schedule, x_0, eps, t = NoiseSchedule(), randn(4, 5, seed=1), randn(4, 5, seed=2), torch.tensor([0, 10, 500, 999])
+    alpha = schedule.alphas_cumprod[t].view(4, 1)
+    v = alpha.sqrt() * eps - (1 - alpha).sqrt() * x_0
+    predicted = NoisePredictor(lambda x, t: v, schedule, "v")(schedule.add_noise(x_0, eps, t), t)
+    torch.testing.assert_close(predicted, eps)
+
+
+@pytest.mark.parametrize("predict", ["v", "eps"])
+def test_eps_has_the_precision_of_the_state_whatever_the_network_returns(predict):
+    model = NoisePredictor(lambda x, t: x.bfloat16(), NoiseSchedule(), predict)
+    x, t = randn(2, 3, 4, 4), torch.tensor([3, 700])
+    assert model(x, t).dtype == torch.float64 and model(x.float(), t).dtype == torch.float32
+
+
 # ---- Choice of steps -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("tau", TAUS)
 @pytest.mark.parametrize(
     ("timesteps", "lengths"),
-    [(1000, range(1, 1001)), (1, [1]), (2, [1, 2]), (10, range(1, 11)), (37, range(1, 38)), (4000, range(1, 4001, 333))],
+    [
+        (1000, range(1, 1001)),
+        (1, [1]),
+        (2, [1, 2]),
+        (10, range(1, 11)),
+        (37, range(1, 38)),
+        (4000, range(1, 4001, 333)),
+    ],
 )
 def test_every_number_of_steps_gives_that_many_distinct_ascending_timesteps(timesteps, lengths, tau):
     schedule = NoiseSchedule(timesteps)
@@ -94,7 +142,9 @@ def test_quadratic_equals_the_official_formula_wherever_that_has_no_duplicates(t
         official = np.linspace(0, math.sqrt(0.8 * timesteps), steps) ** 2
         if len(set(official.astype(int))) == steps:
             safe = abs(official - official.round()) > 1e-6  # elsewhere the formula's own rounding decides
-            np.testing.assert_array_equal(np.array(ddim_timesteps(timesteps, steps, "quadratic"))[safe], official[safe].astype(int))
+            np.testing.assert_array_equal(
+                np.array(ddim_timesteps(timesteps, steps, "quadratic"))[safe], official[safe].astype(int)
+            )
             compared += safe.sum()
     assert compared > 300
 
@@ -117,7 +167,9 @@ def test_karras_takes_equal_steps_in_the_seventh_root_of_sigma_from_end_to_end(s
     assert all(abs(warped[t] - wanted) <= abs(warped - wanted).min() + 1e-3 for t, wanted in zip(chosen, ideal))
 
 
-@pytest.mark.parametrize(("steps", "tau"), [(0, "uniform"), (-1, "quadratic"), (1001, "quadratic"), (1001, "karras"), (10, "cubic")])
+@pytest.mark.parametrize(
+    ("steps", "tau"), [(0, "uniform"), (-1, "quadratic"), (1001, "quadratic"), (1001, "karras"), (10, "cubic")]
+)
 def test_impossible_numbers_of_steps_and_unknown_taus_are_value_errors(steps, tau):
     with pytest.raises(ValueError, match="must be"):
         ddim_timesteps(1000, steps, tau)
@@ -148,30 +200,48 @@ def replay(noises):
 @pytest.mark.parametrize("steps", [1, 2, 20])
 @pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
 def test_sampling_is_equation_12(tau, steps, eta):
-    x_T, noises, tau = randn(3, 3, 4, 4), [randn(3, 3, 4, 4, seed=i) for i in range(1, steps)], ddim_timesteps(1000, steps, tau)
+    x_T, noises = randn(3, 3, 4, 4), [randn(3, 3, 4, 4, seed=i) for i in range(1, steps)]
+    tau = ddim_timesteps(1000, steps, tau)
     x_0 = ddim_sample(smooth_model, x_T, NoiseSchedule(), tau, eta, noise=replay(noises))
     torch.testing.assert_close(x_0, reference_sample(smooth_model, x_T, tau, eta, noises), rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("options", [{}, {"eta": 1.0}, {"order": 2}, {"clip_x0": True}])
 def test_the_last_step_returns_the_predicted_x_0(options):
-    seen, tau = [], ddim_timesteps(1000, 7, "quadratic")
-    x_0 = ddim_sample(smooth_model, randn(2, 3, 4, 4), NoiseSchedule(), tau, **options, on_step=lambda t, x_0: seen.append((t, x_0)))
+    seen, tau, x_T = [], ddim_timesteps(1000, 7, "quadratic"), randn(2, 3, 4, 4)
+    options["on_step"] = lambda t, x_0: seen.append((t, x_0))
+    x_0 = ddim_sample(smooth_model, x_T, NoiseSchedule(), tau, **options)
     assert [t for t, _ in seen] == tau[::-1]
     assert torch.equal(seen[-1][1], x_0)
 
 
-def test_the_last_prediction_is_of_the_state_that_the_network_saw_last():
-    asked = []
+class Recorder:
+    """A model that keeps what it was asked, and what it answered."""
 
-    def model(x, t):
-        asked.append((x.clone(), t, smooth_model(x, t)))
-        return asked[-1][2]
+    def __init__(self):
+        self.asked = []
 
-    x_0 = ddim_sample(model, randn(2, 3, 4, 4), NoiseSchedule(), [3, 200, 700])
-    assert [t.tolist() for _, t, _ in asked] == [[700, 700], [200, 200], [3, 3]] and asked[0][1].dtype == torch.int64
-    (x, _, eps), alpha = asked[-1], alphas_by_hand()[3]
-    torch.testing.assert_close(x_0, (x - math.sqrt(1 - alpha) * eps) / math.sqrt(alpha))
+    def __call__(self, x, t):
+        eps = smooth_model(x, t)
+        self.asked.append((x.clone(), t, eps))
+        return eps
+
+
+def test_every_step_shows_the_x_0_predicted_from_what_the_network_saw():
+    model, shown = Recorder(), []
+    start, tau = randn(2, 3, 4, 4), [3, 200, 700]
+    ddim_sample(model, start, NoiseSchedule(), tau, on_step=lambda t, x_0: shown.append((t, x_0.clone())))
+    assert [t.tolist() for _, t, _ in model.asked] == [[700, 700], [200, 200], [3, 3]]
+    assert model.asked[0][1].dtype == torch.int64
+    for (t, x_0), (x, _, eps) in zip(shown, model.asked, strict=True):
+        alpha = alphas_by_hand()[t]
+        torch.testing.assert_close(x_0, (x - math.sqrt(1 - alpha) * eps) / math.sqrt(alpha))
+
+
+def test_encoding_asks_for_the_timestep_where_each_step_starts_and_first_for_the_lowest():
+    model = Recorder()
+    ddim_encode(model, randn(2, 3, 4, 4), NoiseSchedule(), [3, 200, 700])
+    assert [t.tolist() for _, t, _ in model.asked] == [[3, 3], [3, 3], [200, 200]]
 
 
 def diffusers_sample(model, x, steps, eta=0.0, noises=None, clip=False):
@@ -192,16 +262,20 @@ def test_sampling_agrees_with_diffusers_scheduler(steps, clip, eta):
     x_T = randn(2, 3, 8, 8, dtype=torch.float32)
     noises = [randn(2, 3, 8, 8, seed=i, dtype=torch.float32) for i in range(1, steps)]
     tau = ddim_timesteps(1000, steps, "uniform")
-    ours = ddim_sample(gaussian_model(), x_T, NoiseSchedule(), tau, eta, clip_x0=clip, noise=replay(noises))
-    theirs = diffusers_sample(gaussian_model(), x_T, steps, eta, noises if eta else None, clip)
+
+    def sample(clip_x0):
+        return ddim_sample(gaussian_model(), x_T, NoiseSchedule(), tau, eta, clip_x0=clip_x0, noise=replay(noises))
+
+    ours, theirs = sample(clip), diffusers_sample(gaussian_model(), x_T, steps, eta, noises if eta else None, clip)
     assert ours.dtype == theirs.dtype == torch.float32
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
     if clip:
-        assert largest(ours) <= 1 < largest(ddim_sample(gaussian_model(), x_T, NoiseSchedule(), tau, eta, noise=replay(noises)))
+        assert largest(ours) <= 1 < largest(sample(clip_x0=False))
 
 
 def test_eta_1_along_every_timestep_is_the_ancestral_sampling_of_ddpm():
-    schedule, x_T, noises = NoiseSchedule(50, 1e-3, 0.2), randn(2, 3, 4, 4), [randn(2, 3, 4, 4, seed=i) for i in range(1, 50)]
+    schedule, x_T = NoiseSchedule(50, 1e-3, 0.2), randn(2, 3, 4, 4)
+    noises = [randn(2, 3, 4, 4, seed=i) for i in range(1, 50)]
     x_0 = ddim_sample(smooth_model, x_T, schedule, list(range(50)), 1.0, noise=replay(noises))
     alphas_cumprod, x = alphas_by_hand(50, 1e-3, 0.2), x_T
     for t in reversed(range(50)):  # DDPM, Algorithm 2, with the smaller of its two variances
@@ -237,7 +311,9 @@ def test_the_state_keeps_the_precision_of_its_start_whatever_the_network_returns
     assert torch.equal(end, walk(lambda x, t: model(x, t).to(dtype), start, NoiseSchedule(), [0, 400, 800]))
 
 
-@pytest.mark.parametrize("options", [{"eta": -0.1}, {"eta": 1.1}, {"eta": math.nan}, {"eta": 0.5, "order": 2}, {"order": 3}])
+@pytest.mark.parametrize(
+    "options", [{"eta": -0.1}, {"eta": 1.1}, {"eta": math.nan}, {"eta": 0.5, "order": 2}, {"order": 3}]
+)
 def test_sampling_options_without_a_meaning_are_value_errors(options):
     with pytest.raises(ValueError, match="eta"):
         ddim_sample(smooth_model, randn(1, 3, 4, 4), NoiseSchedule(), [0, 500], **options)
@@ -246,15 +322,16 @@ def test_sampling_options_without_a_meaning_are_value_errors(options):
 # ---- Gaussian data: the network and the solution of its ODE are known exactly ----------------------------------------
 
 
-def gaussian_model(schedule=None):
-    """E[eps | x_t] where x_0 ~ N(MU, STD^2)."""
-    alphas_cumprod = (schedule or NoiseSchedule()).alphas_cumprod
+def gaussian_model(schedule=None, predict="eps"):
+    """E[eps | x_t] where x_0 ~ N(MU, STD^2), from a network whose output stands for what `predict` says."""
+    schedule = schedule or NoiseSchedule()
 
-    def model(x, t):
-        alpha = alphas_cumprod[t].view(-1, *[1] * (x.ndim - 1))
-        return ((1 - alpha).sqrt() * (x - alpha.sqrt() * MU) / (alpha * STD**2 + 1 - alpha)).to(x.dtype)
+    def network(x, t):
+        alpha = schedule.alphas_cumprod[t].view(-1, *[1] * (x.ndim - 1))
+        eps = (1 - alpha).sqrt() * (x - alpha.sqrt() * MU) / (alpha * STD**2 + 1 - alpha)
+        return eps if predict == "eps" else (eps - (1 - alpha).sqrt() * x) / alpha.sqrt()
 
-    return model
+    return NoisePredictor(network, schedule, predict)
 
 
 def exact_x_0(x_T, alpha_T):
@@ -265,29 +342,40 @@ def exact_x_T(x_0, alpha_T):
     return math.sqrt(alpha_T) * MU + (x_0 - MU) / STD * math.sqrt(alpha_T * STD**2 + 1 - alpha_T)
 
 
-def sampling_error(tau, order=1, schedule=None):
+def sampling_error(tau, order=1, schedule=None, predict="eps"):
     schedule, x_T = schedule or NoiseSchedule(), randn(8, 3, 4, 4)
-    return largest(ddim_sample(gaussian_model(schedule), x_T, schedule, tau, order=order) - exact_x_0(x_T, schedule.alpha(tau[-1])))
+    x_0 = ddim_sample(gaussian_model(schedule, predict), x_T, schedule, tau, order=order)
+    return largest(x_0 - exact_x_0(x_T, schedule.alpha(tau[-1])))
 
 
-def encoding_error(tau, schedule=None):
+def encoding_error(tau, schedule=None, predict="eps"):
     schedule, x_0 = schedule or NoiseSchedule(), MU + STD * randn(8, 3, 4, 4)
-    return largest(ddim_encode(gaussian_model(schedule), x_0, schedule, tau) - exact_x_T(x_0, schedule.alpha(tau[-1])))
+    x_T = ddim_encode(gaussian_model(schedule, predict), x_0, schedule, tau)
+    return largest(x_T - exact_x_T(x_0, schedule.alpha(tau[-1])))
 
 
-def round_trip_error(tau):
-    model, schedule, x_0 = gaussian_model(), NoiseSchedule(), MU + STD * randn(8, 3, 4, 4)
+def round_trip_error(tau, predict="eps"):
+    model, schedule, x_0 = gaussian_model(predict=predict), NoiseSchedule(), MU + STD * randn(8, 3, 4, 4)
     return largest(ddim_sample(model, ddim_encode(model, x_0, schedule, tau), schedule, tau) - x_0)
 
 
+@pytest.mark.parametrize("predict", ["v", "eps"])
 @pytest.mark.parametrize(("order", "tolerance"), [(1, 1e-2), (2, 1e-4)])
-def test_a_thousand_steps_land_on_the_exact_solution(order, tolerance):
-    assert sampling_error(range(1000), order) < tolerance
+def test_a_thousand_steps_land_on_the_exact_solution(order, tolerance, predict):
+    assert sampling_error(range(1000), order, predict=predict) < tolerance
 
 
+@pytest.mark.parametrize("predict", ["v", "eps"])
 @pytest.mark.parametrize("error", [encoding_error, round_trip_error])
-def test_a_thousand_steps_encode_an_image_and_bring_it_back(error):
-    assert error(range(1000)) < 2e-2
+def test_a_thousand_steps_encode_an_image_and_bring_it_back(error, predict):
+    assert error(range(1000), predict=predict) < 2e-2
+
+
+@pytest.mark.parametrize("walk", [ddim_sample, ddim_encode])
+def test_a_network_of_v_and_one_of_eps_that_know_the_same_walk_the_same_way(walk):
+    start, tau = randn(8, 3, 4, 4), ddim_timesteps(1000, 20, "quadratic")
+    ends = [walk(gaussian_model(predict=predict), start, NoiseSchedule(), tau) for predict in ("v", "eps")]
+    torch.testing.assert_close(*ends, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("tau", TAUS)
@@ -304,10 +392,12 @@ def test_order_2_is_several_times_closer_than_order_1_in_forty_steps(tau):
 
 
 @pytest.mark.parametrize(
-    ("error", "order"), [(sampling_error, 1), (functools.partial(sampling_error, order=2), 2), (encoding_error, 1)], ids=str
+    ("error", "order"),
+    [(sampling_error, 1), (functools.partial(sampling_error, order=2), 2), (encoding_error, 1)],
+    ids=str,
 )
 def test_the_error_falls_with_the_order_promised(error, order):
-    schedule = NoiseSchedule(3841, 1e-6, 0.005)  # 3840 divides evenly into each number of steps, and the ends stay the same
+    schedule = NoiseSchedule(3841, 1e-6, 0.005)  # 3840 divides into each number of steps, with the ends the same
     counts = [30, 60, 120, 240, 480]
     errors = [error(range(0, 3841, 3840 // count), schedule=schedule) for count in counts]
     slope = -np.polyfit(np.log(counts), np.log(errors), 1)[0]
@@ -353,7 +443,7 @@ def test_slerp_begins_at_its_first_argument_and_ends_at_its_second():
 
 @pytest.mark.parametrize("weight", [0.1, 0.5, 0.8])
 def test_slerp_between_equal_norms_keeps_the_norm_and_goes_its_share_of_the_angle(weight):
-    unit = [x / x.flatten(1).norm(dim=1).view(-1, 1, 1, 1) for x in (randn(3, 3, 8, 8, seed=1), randn(3, 3, 8, 8, seed=2))]
+    unit = [x / x.flatten(1).norm(dim=1).view(-1, 1, 1, 1) for x in (randn(3, 3, 8, 8, seed=i) for i in (1, 2))]
     a, b, between = (x.flatten(1) for x in (*unit, slerp(*unit, weight)))
     torch.testing.assert_close(between.norm(dim=1), torch.ones(3, dtype=torch.float64))
     torch.testing.assert_close((a * between).sum(1).acos(), weight * (a * b).sum(1).acos())

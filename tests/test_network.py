@@ -2,28 +2,37 @@
 
 import json
 import math
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
-from diffusers import DDIMPipeline, UNet2DModel
+from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
+from safetensors.torch import save_file
 from torch import nn
 
 import ddim_cifar
-from ddim_cifar import NoiseSchedule, UNet, ddim_sample, ddim_timesteps, sinusoidal_embedding
+from ddim_cifar import (
+    UNET,
+    Config,
+    NoisePredictor,
+    NoiseSchedule,
+    UNet,
+    ddim_sample,
+    ddim_timesteps,
+    load_checkpoint,
+    load_model,
+    sinusoidal_embedding,
+)
 
-DEFAULT = ""
-SMALL = "--channels 32 --channel-mults 1 2 --res-blocks 1 --attn-resolutions 32 16"
-UNEVEN = "--channels 64 --channel-mults 1 3 2 --res-blocks 2 --attn-resolutions 8"
-WITHOUT_ATTENTION = "--channels 32 --channel-mults 1 1 2 4 --res-blocks 1 --attn-resolutions"
+DEFAULT = Config()
+SMALL = Config(channels=32, channel_mults=(1, 2), res_blocks=1, attn_resolutions=(32, 16))
+UNEVEN = Config(channels=64, channel_mults=(1, 3, 2), res_blocks=2, attn_resolutions=(8,))
+WITHOUT_ATTENTION = Config(channels=32, channel_mults=(1, 1, 2, 4), res_blocks=1, attn_resolutions=())
 
 
-def parse(flags):
-    return ddim_cifar.parse_args([*flags.split(), "--dataset", "synthetic"])[0]
-
-
-def build(flags):
-    args = parse(flags)
-    return UNet(**{name: getattr(args, name) for name in ddim_cifar.UNET_FLAGS})
+def build(config, **others):
+    return UNet(**{**config.of(UNET), **others})
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -52,16 +61,16 @@ def images_and_times(n=2, side=32):
     return torch.randn(n, 3, side, side, generator=generator), torch.tensor([0, 999, 37, 500])[:n]
 
 
-def diffusers_twin(flags, folder):
+def diffusers_twin(config, folder):
     """diffusers' network as export_weights describes it, with weights of its own."""
-    ddim_cifar.export_weights(folder, nn.Module(), parse(flags))
+    ddim_cifar.export_weights(folder, nn.Module(), config)
     return UNet2DModel.from_config(json.loads((folder / "unet" / "config.json").read_text()))
 
 
 def assert_same_eps(ours, theirs, tolerance=1e-4):
     x, t = images_and_times()
     with torch.inference_mode():
-        eps, expected = ours(x, t), theirs(x, t).sample
+        eps, expected = ours(x, t), theirs(x, t).sample  # both networks' outputs stand for eps
     assert expected.std() > 0.1
     torch.testing.assert_close(eps, expected, rtol=0, atol=tolerance)
 
@@ -98,10 +107,12 @@ def test_the_default_network_has_the_parameters_of_ddpm(fresh):
     assert sum(parameter.numel() for parameter in fresh.parameters()) == 35_746_307
 
 
-def test_a_fresh_network_predicts_exactly_zero(fresh):
-    x, t = images_and_times()
+def test_a_fresh_network_returns_exactly_zero_and_its_eps_is_that_of_pure_noise(fresh):
+    schedule, (x, t) = NoiseSchedule(), images_and_times(4)
+    noise_scale = (1 - schedule.alphas_cumprod[t]).sqrt().float().view(4, 1, 1, 1)
     with torch.inference_mode():
-        eps = fresh.eval()(x, t)
+        v, eps = (NoisePredictor(fresh.eval(), schedule, predict)(x, t) for predict in ("v", "eps"))
+    assert torch.equal(v, noise_scale * x)
     assert eps.shape == x.shape and eps.count_nonzero() == 0
 
 
@@ -128,6 +139,13 @@ def test_all_other_weights_start_with_variance_one_over_the_mean_fan_and_biases_
     assert checked > 60
 
 
+def test_weights_start_uniform_up_to_the_bound_of_their_variance(fresh):
+    for module in fresh.modules():
+        if isinstance(module, (nn.Conv2d, nn.Linear)) and module.weight.any():
+            bound = math.sqrt(6 / (module.weight[0].numel() + module.weight[:, 0].numel()))
+            assert 0.99 * bound < module.weight.abs().max() <= bound
+
+
 @pytest.mark.parametrize(
     "sizes",
     [
@@ -137,13 +155,13 @@ def test_all_other_weights_start_with_variance_one_over_the_mean_fan_and_biases_
     ids=str,
 )  # fmt: skip
 def test_sizes_that_do_not_fit_are_value_errors(sizes):
-    with pytest.raises(ValueError, match=r"channels|image_size"), torch.device("meta"):
+    with pytest.raises(ValueError, match=r"^(channels|channel_mults|attn_resolutions) "), torch.device("meta"):
         UNet(**sizes)
 
 
 @pytest.mark.parametrize(("side", "attends"), [(16, (8,)), (64, (32, 16))])
 def test_other_image_sizes_work(side, attends):
-    model = randomise(UNet(channels=32, channel_mults=(1, 2, 2), res_blocks=1, attn_resolutions=attends, image_size=side))
+    model = randomise(build(SMALL, channel_mults=(1, 2, 2), attn_resolutions=attends, image_size=side))
     x, t = images_and_times(side=side)
     eps = model(x, t)
     assert eps.shape == x.shape and eps.isfinite().all()
@@ -152,16 +170,18 @@ def test_other_image_sizes_work(side, attends):
 # ---- What it computes ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("flags", [DEFAULT, SMALL, UNEVEN, WITHOUT_ATTENTION], ids=["default", "small", "uneven", "without attention"])
+@pytest.mark.parametrize(
+    "config", [DEFAULT, SMALL, UNEVEN, WITHOUT_ATTENTION], ids=["default", "small", "uneven", "without attention"]
+)
 @pytest.mark.parametrize("first_features", [1.0, 1e-3])  # the small ones are where the eps of GroupNorm counts
-def test_eps_is_that_of_diffusers_with_the_same_weights(flags, first_features, tmp_path):
-    ours, theirs = randomise(build(flags), first_features), diffusers_twin(flags, tmp_path).eval()
+def test_the_output_is_that_of_diffusers_with_the_same_weights(config, first_features, tmp_path):
+    ours, theirs = randomise(build(config), first_features), diffusers_twin(config, tmp_path).eval()
     theirs.load_state_dict(ours.state_dict(), strict=True)
     assert_same_eps(ours, theirs)
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-def test_an_image_gets_the_same_eps_alone_and_in_any_batch_and_memory_layout(small, layout):
+def test_an_image_gets_the_same_output_alone_and_in_any_batch_and_memory_layout(small, layout):
     x, t = images_and_times(4)
     alone = torch.cat([small(x[i : i + 1], t[i : i + 1]) for i in range(4)])
     model = build(SMALL).eval().to(memory_format=layout)
@@ -173,7 +193,7 @@ def test_an_image_gets_the_same_eps_alone_and_in_any_batch_and_memory_layout(sma
     torch.testing.assert_close(reversed_order, alone, rtol=0, atol=5e-5)
 
 
-def test_eps_depends_on_the_timestep_of_each_image(small):
+def test_the_output_depends_on_the_timestep_of_each_image(small):
     x, _ = images_and_times()
     early, late, mixed = (small(x, torch.tensor(t)) for t in ([5, 5], [900, 900], [5, 900]))
     assert (early - late).abs().amax(dim=(1, 2, 3)).min() > 1e-2
@@ -193,15 +213,24 @@ def test_the_network_leaves_its_input_alone(small):
 
 
 def test_dropout_acts_in_training_only():
-    model, (x, t) = randomise(build(SMALL + " --dropout 0.5")), images_and_times()
+    model, (x, t) = randomise(build(SMALL, dropout=0.5)), images_and_times()
     assert torch.equal(model(x, t), model(x, t))
     model.train()
     assert not torch.equal(model(x, t), model(x, t))
 
 
+def test_dropout_comes_before_the_last_convolution_of_a_block():
+    block, seen = ddim_cifar.ResBlock(32, 32, 128, dropout=0.5).train(), []
+    block.conv2.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    block(torch.randn(2, 32, 8, 8), torch.randn(2, 128))
+    assert 0.4 < (seen[0] == 0).float().mean() < 0.6
+
+
 def test_gradient_reaches_every_parameter():
-    flags = "--channels 64 --channel-mults 1 2 --res-blocks 1 --attn-resolutions 16"
-    model, (x, t) = randomise(build(flags)).requires_grad_(True), images_and_times()
+    model, (x, t) = (
+        randomise(build(SMALL, channels=64, attn_resolutions=(16,))).requires_grad_(True),
+        images_and_times(),
+    )
     model.train()(x, t).square().mean().backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None and parameter.grad.isfinite().all(), name
@@ -212,12 +241,14 @@ def test_gradient_reaches_every_parameter():
 # ---- Weights from and for others -------------------------------------------------------------------------------------
 
 
-def test_exported_weights_give_the_same_pictures_in_diffusers_pipeline(small, tmp_path):
-    ddim_cifar.export_weights(tmp_path, small, parse(SMALL + " --beta-end 0.015"))
+@pytest.mark.parametrize("predict", ["v", "eps"])
+def test_exported_weights_give_the_same_pictures_in_diffusers_pipeline(small, predict, tmp_path):
+    config = replace(SMALL, predict=predict, beta_end=0.015)
+    ddim_cifar.export_weights(tmp_path, small, config)
     pipeline = DDIMPipeline.from_pretrained(tmp_path)
     x, _ = images_and_times()
-    tau = ddim_timesteps(1000, 10, "uniform")
-    x_0 = ddim_sample(small, x, NoiseSchedule(beta_end=0.015), tau)
+    tau, schedule = ddim_timesteps(1000, 10, "uniform"), NoiseSchedule(beta_end=0.015)
+    x_0 = ddim_sample(NoisePredictor(small, schedule, predict), x, schedule, tau)
 
     pipeline.scheduler.set_timesteps(10)
     assert pipeline.scheduler.timesteps.tolist() == tau[::-1]
@@ -227,19 +258,31 @@ def test_exported_weights_give_the_same_pictures_in_diffusers_pipeline(small, tm
     torch.testing.assert_close(x_0, x, rtol=1e-4, atol=1e-3)
 
 
-@pytest.mark.parametrize("flags", [SMALL, UNEVEN], ids=["small", "uneven"])
+def test_the_exported_folder_describes_schedule_and_dropout(tmp_path):
+    config = replace(SMALL, predict="eps", timesteps=500, beta_start=0.001, beta_end=0.03, dropout=0.25)
+    ddim_cifar.export_weights(tmp_path, nn.Module(), config)
+    scheduler = DDIMScheduler.from_pretrained(tmp_path / "scheduler")
+    np.testing.assert_allclose(scheduler.betas, np.linspace(0.001, 0.03, 500), rtol=1e-5)
+    assert scheduler.config.prediction_type == "epsilon" and not scheduler.config.clip_sample
+    assert scheduler.final_alpha_cumprod == 1 and scheduler.config.steps_offset == 0
+    assert UNet2DModel.from_config(UNet2DModel.load_config(tmp_path / "unet")).config.dropout == 0.25
+
+
+@pytest.mark.parametrize("config", [SMALL, UNEVEN], ids=["small", "uneven"])
 @pytest.mark.parametrize("safe", [True, False], ids=["safetensors", "bin"])
-def test_networks_saved_by_diffusers_are_read_and_give_the_same_eps(flags, safe, tmp_path):
-    theirs = randomise(diffusers_twin(flags, tmp_path / "config"))
+def test_networks_saved_by_diffusers_are_read_and_give_the_same_eps(config, safe, tmp_path):
+    theirs = randomise(diffusers_twin(config, tmp_path / "config"))
     theirs.save_pretrained(tmp_path, safe_serialization=safe)
-    checkpoint = ddim_cifar.load_checkpoint(tmp_path / f"diffusion_pytorch_model.{'safetensors' if safe else 'bin'}", "cpu")
-    assert_same_eps(network_of(checkpoint), theirs)
+    model, _ = load_model(tmp_path / f"diffusion_pytorch_model.{'safetensors' if safe else 'bin'}")
+    assert_same_eps(model, theirs)
 
 
-def network_of(checkpoint):
-    model = UNet(**checkpoint["config"])
-    model.load_state_dict(checkpoint["ema"])
-    return model.eval()
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_published_weights_of_half_precision_are_read_as_what_they_are(small, dtype, tmp_path):
+    weights = {name: value.to(dtype) for name, value in small.state_dict().items()}
+    save_file(weights, tmp_path / "half.safetensors")
+    read = load_checkpoint(tmp_path / "half.safetensors", "cpu")["ema"]
+    assert all(read[name].dtype == torch.float32 and torch.equal(read[name], weights[name].float()) for name in weights)
 
 
 def test_the_attention_names_of_older_published_weights_are_understood(tmp_path):
@@ -249,12 +292,12 @@ def test_the_attention_names_of_older_published_weights_are_understood(tmp_path)
         weights = {name.replace(new, old): value for name, value in weights.items()}
     assert "mid_block.attentions.0.proj_attn.weight" in weights
     torch.save(weights, tmp_path / "old.bin")
-    assert_same_eps(network_of(ddim_cifar.load_checkpoint(tmp_path / "old.bin", "cpu")), theirs)
+    assert_same_eps(load_model(tmp_path / "old.bin")[0], theirs)
 
 
 def test_exported_weights_come_back_bit_for_bit(small, tmp_path):
-    ddim_cifar.export_weights(tmp_path, small, parse(SMALL))
+    ddim_cifar.export_weights(tmp_path, small, SMALL)
     (path,) = (tmp_path / "unet").glob("diffusion_pytorch_model.*")
-    read = ddim_cifar.load_checkpoint(path, "cpu")["ema"]
-    assert list(read) == list(small.state_dict())
+    read = load_checkpoint(path, "cpu")["ema"]
+    assert read.keys() == small.state_dict().keys()
     assert all(torch.equal(read[name], value) for name, value in small.state_dict().items())
