@@ -6,8 +6,8 @@
     python ddim_cifar.py --sample ddim_model_final.pth --num-samples 50000 --export samples/
 
 The chapter, in reading order: Settings, Diffusion, UNet, Data, Training, Sampling, Experiments. Behind the banner
-after them is the machinery that keeps a run safe: files, checkpoints, signals, processes, flags. Skip it until
-something in it has to change.
+after them is the machinery that makes a run fast and safe: Muon, files, checkpoints, signals, processes, flags. Skip it
+until something in it has to change.
 
 "DDPM" is Ho, Jain & Abbeel, arXiv 2006.11239, which network and training follow. "Eq.", "Sec." and "App." are those of
 Song, Meng & Ermon, "Denoising Diffusion Implicit Models", arXiv 2010.02502. Its alpha_t is alphas_cumprod[t] here.
@@ -16,6 +16,7 @@ Song, Meng & Ermon, "Denoising Diffusion Implicit Models", arXiv 2010.02502. Its
 import argparse
 import contextlib
 import copy
+import errno
 import functools
 import importlib.util
 import io
@@ -23,12 +24,13 @@ import json
 import math
 import os
 import pickle
+import re
 import shlex
 import shutil
 import signal
 import socket
-import stat
 import sys
+import threading
 import time
 import warnings
 import zipfile
@@ -37,6 +39,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields
 from datetime import timedelta
 from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 import numpy as np
 import torch
@@ -63,7 +70,7 @@ RUNTIME = "run time"
 FILES = "files"
 
 TAUS = ("uniform", "quadratic", "karras")
-LEARNING_RATES = {"muon": 2e-3, "adam": 2e-4}  # the default of --lr
+LEARNING_RATES = {"muon": 2.5e-3, "adam": 2e-4}  # the default of --lr
 RECIPES = {  # other defaults for a new run; a flag typed beside --recipe wins
     "default": {},
     "paper": {
@@ -91,12 +98,13 @@ class Config:
     epochs: int = flag(TRAINING, 1, "length of the whole training, in epochs of --iterations steps", least=1)
     iterations: int = flag(TRAINING, 1, "optimizer steps per epoch, however large the data set", least=1)
     batch_size: int = flag(TRAINING, 32, "images per step, over all processes", least=1)
+    micro_batch: int = flag(TRAINING, None, "images per forward pass [all]: less memory, the same step", least=1)
     predict: str = flag(TRAINING, "v", "what the network's output stands for", choices=("v", "eps"))
     optimizer: str = flag(TRAINING, "muon", "muon: on weight matrices, Adam on the rest", choices=("muon", "adam"))
     recipe: str = flag(TRAINING, "default", "paper: the defaults of DDPM", choices=tuple(RECIPES))
-    lr: float = flag(TRAINING, None, "learning rate [2e-3 with muon, 2e-4 with adam]", least=1e-9)
-    warmup: int = flag(TRAINING, 100, "steps of linear warm-up", least=0)
-    lr_decay: float = flag(TRAINING, 0.0, "last share of the run, in which the rate falls to zero", least=0, most=1)
+    lr: float = flag(TRAINING, None, "learning rate [0.0025 with muon, 0.0002 with adam]", least=1e-9)
+    warmup: int = flag(TRAINING, 50, "steps of linear warm-up", least=0)
+    lr_decay: float = flag(TRAINING, 0.5, "last share of the run, in which the rate falls to zero", least=0, most=1)
     grad_clip: float = flag(TRAINING, 1.0, "largest gradient norm", least=1e-9)
     ema_decay: float = flag(TRAINING, 0.9999, "decay of the averaged weights, used for sampling", least=0, most=1)
     save_every: int = flag(TRAINING, 10, "epochs between checkpoints, held-out losses and grids", least=1)
@@ -109,7 +117,7 @@ class Config:
     channel_mults: tuple = flag(UNET, (1, 2, 2, 2), "widths over --channels", least=1, nargs="+", metavar="M")
     res_blocks: int = flag(UNET, 2, "ResBlocks per resolution", least=1)
     attn_resolutions: tuple = flag(UNET, (16,), "sides with attention, in pixels", least=1, nargs="*", metavar="R")
-    dropout: float = flag(UNET, 0.1, "in each ResBlock", least=0, most=0.99)
+    dropout: float = flag(UNET, 0.0, "in each ResBlock; 0.1 for hundreds of passes over the data", least=0, most=0.99)
     timesteps: int = flag(SCHEDULE, 1000, "T, the number of noise levels", least=2)
     beta_start: float = flag(SCHEDULE, 1e-4, "first beta", least=1e-9, most=0.999)
     beta_end: float = flag(SCHEDULE, 0.02, "last beta", least=1e-9, most=0.999)
@@ -128,7 +136,7 @@ class Config:
     reconstruct: bool = flag(EXPERIMENTS, False, "encode and decode test images, with the error of Table 2")
     consistency: bool = flag(EXPERIMENTS, False, "the same x_T at several S, and their distances")
 
-    device: str = flag(RUNTIME, "auto", "auto: cuda, then mps, then cpu", choices=("auto", "cuda", "mps", "cpu"))
+    device: str = flag(RUNTIME, "auto", "auto: cuda, then mps, then cpu; or cuda:N", metavar="DEVICE")
     precision: str = flag(RUNTIME, "auto", "auto: bf16 where it is faster", choices=("auto", "fp32", "bf16"))
     compile: str = flag(RUNTIME, "auto", "auto: on a GPU, in a long run", choices=("auto", "on", "off"))
     seed: int = flag(RUNTIME, 0, "of everything random", least=0)
@@ -163,6 +171,11 @@ class Config:
     @property
     def folder(self):
         return Path(self.out_dir).resolve()
+
+    @property
+    def export_folder(self):
+        """The folder of --export, or None if it is an archive."""
+        return Path(self.export).resolve() if self.export and not self.export.endswith(".npz") else None
 
     def of(self, *groups):
         """The settings of these groups, by name: UNet(**config.of(UNET))."""
@@ -585,84 +598,13 @@ def draw_step(n, batch_size, timesteps, seed, device):
 # ---- Training --------------------------------------------------------------------------------------------------------
 
 
-class Muon(torch.optim.Optimizer):
-    """Momentum whose every step is made orthogonal, at the learning rates of Adam (arXiv 2502.16982, Eq. 4).
-
-    params: weights of two or more dimensions; a convolution counts as the matrix [out, k k in]. As with torch's fused
-    optimizers, a step whose found_inf is 1 leaves weights and momentum as they are, without waiting for the device.
-    """
-
-    def __init__(self, params, lr, momentum=0.95):
-        super().__init__(params, {"lr": lr, "momentum": momentum})
-        self.found_inf = torch.zeros(())
-
-    @torch.no_grad()
-    def step(self):
-        (group,) = self.param_groups
-        lr, momentum = group["lr"], group["momentum"]
-        stacks = {}
-        for weight in group["params"]:
-            stacks.setdefault(weight.shape, []).append(weight)
-
-        for weights in stacks.values():
-            # Stack the weights of one shape, so that a GPU sees few kernels. Columns are in the order of channels_last.
-            views = [weight.movedim(1, -1) for weight in weights]
-            buffers = [self.state[weight].setdefault("momentum", torch.zeros_like(weight)) for weight in weights]
-            buffers = [buffer.movedim(1, -1) for buffer in buffers]
-            gradient = torch.stack([weight.grad.movedim(1, -1).flatten(1) for weight in weights])  # [K, out, in k k]
-            average = torch.stack([buffer.flatten(1) for buffer in buffers])
-
-            # Nesterov momentum.
-            bad = self.found_inf.to(gradient.device) > 0
-            gradient = torch.where(bad, 0.0, gradient)
-            average = torch.where(bad, average, average.lerp(gradient, 1 - momentum))
-            direction = orthogonalize(gradient.lerp(average, momentum))
-
-            # 0.2 sqrt(max(out, in)) gives the step the root mean square of a step of Adam.
-            size = torch.where(bad, 0.0, -lr * 0.2 * math.sqrt(max(direction.shape[1:])))
-            torch._foreach_add_(views, list((size * direction).view(len(weights), *views[0].shape)))
-            torch._foreach_copy_(buffers, list(average.view(len(weights), *views[0].shape)))
-
-
-def orthogonalize(matrices, iterations=5):
-    """The singular vectors of each matrix with singular values near 1: the quintic Newton-Schulz iteration of Muon.
-
-    matrices: float32 [K, m, n]. The iteration X <- (a + b A + c A^2) X, A = X X^T, runs on the small A alone, and is
-    applied to X once at the end: the same result for a third of the products.
-    """
-    tall = matrices.shape[1] > matrices.shape[2]
-    x = matrices.mT if tall else matrices
-    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-30)
-    a, b, c = 3.4445, -4.7750, 2.0315
-    gram = x @ x.mT
-    product = None
-    for _ in range(iterations):
-        factor = b * gram + c * gram @ gram
-        factor.diagonal(dim1=1, dim2=2).add_(a)
-        product = factor if product is None else factor @ product
-        gram = factor @ gram @ factor
-    x = product @ x
-    return x.mT if tall else x
-
-
-def make_optimizers(model, name, lr):
-    """[Muon for weight matrices, Adam for the rest], or [Adam]. Matrices have at least 64 rows and columns."""
-    if name == "adam":
-        return [torch.optim.Adam(model.parameters(), lr=lr, fused=True)]
-    matrices, others = [], []
-    for parameter in model.parameters():
-        is_matrix = parameter.ndim >= 2 and min(len(parameter), parameter[0].numel()) >= 64
-        (matrices if is_matrix else others).append(parameter)
-    optimizers = [Muon(matrices, lr)] if matrices else []
-    return [*optimizers, torch.optim.Adam(others, lr=lr, fused=True)]
-
-
 class Trainer:
     """What training changes, and a checkpoint holds: weights, their average, moments, and the steps taken."""
 
     def __init__(self, model, schedule, config, runtime):
         self.model, self.schedule, self.config, self.runtime = model.train(), schedule, config, runtime
         self.steps = 0
+        self.fingerprint = 0  # of the training images
         self.optimizers = make_optimizers(model, config.optimizer, config.lr)
         self.parameters = list(model.parameters())
 
@@ -681,6 +623,7 @@ class Trainer:
         moments = {parameter: state for optimizer in self.optimizers for parameter, state in optimizer.state.items()}
         return {
             "step": self.steps,
+            "images": self.fingerprint,
             "model": self.model.state_dict(),
             "ema": self.ema.state_dict(),
             "optimizer": {name: moments[parameter] for name, parameter in self.model.named_parameters()},
@@ -706,29 +649,44 @@ class Trainer:
         to_zero = (config.total - n) / max(1, config.lr_decay * config.total)
         return config.lr * min(1.0, warm, to_zero)
 
-    def loss(self, images, n):
-        """Eq. 5 with gamma = 1, for this process's uint8 images of step n."""
+    def noisy_images(self, images, n):
+        """x_t, t and eps of step n, for this process's uint8 images: flipped at random, with noise added."""
         config, device = self.config, self.runtime.device
         flip, t, eps = draw_step(n, config.batch_size, config.timesteps, config.seed, device)
-        torch.manual_seed(torch_seed(config.seed, DROPOUT, n, world.rank))
-
         x_0 = to_float(images.to(device, non_blocking=True))
         x_0 = torch.where(flip, x_0.flip(3), x_0)
-        x_t = self.schedule.add_noise(x_0, eps, t).contiguous(memory_format=torch.channels_last)
+        x_t = self.schedule.add_noise(x_0, eps, t)
+        return x_t.contiguous(memory_format=torch.channels_last), t, eps
+
+    def loss(self, x_t, t, eps):
+        """Eq. 5 with gamma = 1, for each image: [N]. A weight for each t would multiply here."""
         with self.runtime.autocast():
             predicted = self.predictor(x_t, t)
-        per_image = (predicted - eps).square().mean((1, 2, 3))  # [N]: a weight for each t would multiply here
-        return per_image.mean()
+        return (predicted - eps).square().mean((1, 2, 3))
+
+    def backward(self, images, n):
+        """The mean loss of this process's images of step n, and its gradients, in parts of --micro-batch images."""
+        x_t, t, eps = self.noisy_images(images, n)
+        torch.manual_seed(torch_seed(self.config.seed, DROPOUT, n, world.rank))
+        size = self.config.micro_batch or len(images)
+        total = 0.0
+        for first in range(0, len(images), size):
+            part = slice(first, first + size)
+            is_last = first + size >= len(images)
+            with gradients_averaged(self.predictor.network, is_last):
+                loss = self.loss(x_t[part], t[part], eps[part]).sum() / len(images)
+                loss.backward()
+            total += loss.detach()
+        return total
 
     def step(self, images):
         """One optimizer step. Returns loss and gradient norm, as tensors, and the rate: nothing waits for a GPU."""
         n = self.steps
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
-        loss = self.loss(images, n)
-        loss.backward()
+        loss = self.backward(images, n)
         grad_norm = nn.utils.clip_grad_norm_(self.parameters, self.config.grad_clip)
-        loss = sum_over_processes(loss.detach()) / world.size
+        loss = sum_over_processes(loss) / world.size
 
         # Where loss or gradient is not finite, found_inf tells the optimizers to skip the step.
         lr = self.learning_rate(n)
@@ -791,8 +749,7 @@ def train(trainer, images, held_out, preview):
             # To fetch a loss is to wait for the device: on a GPU, only every tenth.
             epoch_ends = trainer.steps % config.iterations == 0
             due = runtime.device.type == "cpu" or trainer.steps % 10 == 0
-            stop_alone = signals.received and world.size == 1
-            if not (epoch_ends or due or stop_alone):
+            if not (epoch_ends or due or (signals.received and world.size == 1)):
                 continue
 
             # Log.
@@ -814,8 +771,10 @@ def train(trainer, images, held_out, preview):
                 save(f"ddim_model_epoch_{epoch}.pth")
             if run_ends:
                 save("ddim_model_final.pth")
-            elif stop or time.monotonic() - last_save >= 60 * config.save_minutes:
+            elif stop or log.failure or time.monotonic() - last_save >= 60 * config.save_minutes:
                 save("ddim_model_last.pth")
+            if log.failure:
+                raise log.failure
             if stop:
                 raise Stopped(stop)
 
@@ -866,15 +825,18 @@ class Sampler:
         generators = [rng((config.seed, ETA_NOISE, i)) for i in indices]
         options = {"order": config.order, "clip_x0": config.clip_x0, "on_step": on_step}
         options["noise"] = lambda: self.normal(generators)
-        return ddim_sample(self.eps, x_T, self.schedule, self.tau(steps), config.eta, **options)
+        x_0 = ddim_sample(self.eps, x_T, self.schedule, self.tau(steps), config.eta, **options)
+        finite = x_0.isfinite().all((1, 2, 3)).tolist()
+        if not all(finite):
+            raise NotFinite([i for i, good in zip(indices, finite) if not good], len(x_0))
+        return x_0
 
 
 def save_samples(sampler, path, count, export=None):
     """The grid of the first 256; and all: an .npz, complete or absent, or a folder of PNGs, which can be continued."""
     steps = sampler.config.steps
-    export = Path(export).resolve() if export else None
-    folder = export if export and export.suffix != ".npz" else None
-    archive = export if export and not folder else None
+    folder = sampler.config.export_folder if export else None
+    archive = Path(export).resolve() if export and not folder else None
 
     # What is to be drawn, and what is there.
     present = set()
@@ -904,7 +866,7 @@ def save_samples(sampler, path, count, export=None):
     if archive:
         write_atomically(archive, lambda file: np.savez(file, kept))
     if export:
-        say(f"wrote {count:,} images to {export}")
+        say(f"wrote {count:,} images to {folder or archive}")
     save_grid(torch.from_numpy(kept[:256]).permute(0, 3, 1, 2), path)
 
 
@@ -1009,8 +971,83 @@ def reconstruction(sampler, test_images):
 
 
 ########################################################################################################################
-#  The chapter ends here. What follows keeps a run safe: skip it until something in it has to change.
+#  The chapter ends here. What follows makes a run fast and safe: skip it until something in it has to change.
 ########################################################################################################################
+
+# ---- Optimizers ------------------------------------------------------------------------------------------------------
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum whose every step is made orthogonal, at the learning rates of Adam (arXiv 2502.16982, Eq. 4).
+
+    params: weights of two or more dimensions; a convolution counts as the matrix [out, k k in]. As with torch's fused
+    optimizers, a step whose found_inf is 1 leaves weights and momentum as they are, without waiting for the device.
+    """
+
+    def __init__(self, params, lr, momentum=0.95):
+        super().__init__(params, {"lr": lr, "momentum": momentum})
+        self.found_inf = torch.zeros(())
+
+    @torch.no_grad()
+    def step(self):
+        (group,) = self.param_groups
+        lr, momentum = group["lr"], group["momentum"]
+        stacks = {}
+        for weight in group["params"]:
+            stacks.setdefault(weight.shape, []).append(weight)
+
+        for weights in stacks.values():
+            # Stack the weights of one shape, so that a GPU sees few kernels. Columns are in the order of channels_last.
+            views = [weight.movedim(1, -1) for weight in weights]
+            buffers = [self.state[weight].setdefault("momentum", torch.zeros_like(weight)) for weight in weights]
+            buffers = [buffer.movedim(1, -1) for buffer in buffers]
+            gradient = torch.stack([weight.grad.movedim(1, -1).flatten(1) for weight in weights])  # [K, out, in k k]
+            average = torch.stack([buffer.flatten(1) for buffer in buffers])
+
+            # Nesterov momentum.
+            bad = self.found_inf.to(gradient.device) > 0
+            gradient = torch.where(bad, 0.0, gradient)
+            average = torch.where(bad, average, average.lerp(gradient, 1 - momentum))
+            direction = orthogonalize(gradient.lerp(average, momentum))
+
+            # 0.2 sqrt(max(out, in)) gives the step the root mean square of a step of Adam.
+            size = torch.where(bad, 0.0, -lr * 0.2 * math.sqrt(max(direction.shape[1:])))
+            torch._foreach_add_(views, list((size * direction).view(len(weights), *views[0].shape)))
+            torch._foreach_copy_(buffers, list(average.view(len(weights), *views[0].shape)))
+
+
+def orthogonalize(matrices, iterations=5):
+    """The singular vectors of each matrix with singular values near 1: the quintic Newton-Schulz iteration of Muon.
+
+    matrices: float32 [K, m, n]. The iteration X <- (a + b A + c A^2) X, A = X X^T, runs on the small A alone, and is
+    applied to X once at the end: the same result for a third of the products.
+    """
+    tall = matrices.shape[1] > matrices.shape[2]
+    x = matrices.mT if tall else matrices
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-30)
+    a, b, c = 3.4445, -4.7750, 2.0315
+    gram = x @ x.mT
+    product = None
+    for _ in range(iterations):
+        factor = b * gram + c * gram @ gram
+        factor.diagonal(dim1=1, dim2=2).add_(a)
+        product = factor if product is None else factor @ product
+        gram = factor @ gram @ factor
+    x = product @ x
+    return x.mT if tall else x
+
+
+def make_optimizers(model, name, lr):
+    """[Muon for weight matrices, Adam for the rest], or [Adam]. Matrices have at least 64 rows and columns."""
+    if name == "adam":
+        return [torch.optim.Adam(model.parameters(), lr=lr, fused=True)]
+    matrices, others = [], []
+    for parameter in model.parameters():
+        is_matrix = parameter.ndim >= 2 and min(len(parameter), parameter[0].numel()) >= 64
+        (matrices if is_matrix else others).append(parameter)
+    optimizers = [Muon(matrices, lr)] if matrices else []
+    return [*optimizers, torch.optim.Adam(others, lr=lr, fused=True)]
+
 
 # ---- Sources ---------------------------------------------------------------------------------------------------------
 
@@ -1079,8 +1116,7 @@ def read_folder(folder):
             say(f"warning: skipped {path}: {error}", sys.stderr)
             return None
 
-    extensions = Image.registered_extensions()
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.suffix.lower() in extensions)
+    files = find_images(folder)
     with ThreadPoolExecutor() as pool:
         arrays = list(progress(pool.map(read, files), total=len(files), desc="reading", unit="image"))
     images = [array for array in arrays if array is not None]
@@ -1091,20 +1127,47 @@ def read_folder(folder):
     return to_images(np.stack(images))
 
 
+def find_images(folder):
+    """The image files below the folder, in order of names. Linked folders are followed, but none is entered twice."""
+    extensions = Image.registered_extensions()
+    entered, found = set(), []
+    for where, folders, names in os.walk(folder, followlinks=True):
+        real = os.path.realpath(where)
+        if real in entered:
+            folders.clear()
+            continue
+        entered.add(real)
+        folders.sort()
+        found += [Path(where, name) for name in names if Path(name).suffix.lower() in extensions]
+    return sorted(path for path in found if path.is_file())
+
+
 def read_image(path):
     """uint8 [32, 32, 3]: turned upright, transparency made white, resized and centre-cropped."""
     with Image.open(path) as image:
         image.draft("RGB", (4 * SIZE, 4 * SIZE))  # a JPEG is decoded no larger than needed
         image = ImageOps.exif_transpose(image)
-        if image.mode.startswith("I") or image.mode == "F":  # 16 bits and more, which Pillow would clip to 255
-            pixels = np.asarray(image, dtype=np.float64)
-            pixels = pixels / (257 if pixels.max() > 255 else 1)
-            image = Image.fromarray(pixels.clip(0, 255).round().astype(np.uint8))
+        if image.mode.startswith("I") or image.mode == "F":
+            image = Image.fromarray(to_eight_bits(image))
         if image.has_transparency_data:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         image = ImageOps.fit(image.convert("RGB"), (SIZE, SIZE), Image.Resampling.LANCZOS)
         return np.asarray(image)
+
+
+def to_eight_bits(image):
+    """Deep grey values as uint8 [H, W]. The scale depends on the mode alone; ValueError where it would be a guess."""
+    pixels = np.asarray(image, dtype=np.float64)
+    if image.mode.startswith("I;16"):
+        pixels = pixels / 257
+    elif image.mode == "F" and pixels.min() >= 0 and pixels.max() <= 1:  # never true of NaN
+        pixels = pixels * 255
+    else:
+        raise ValueError(
+            f"mode {image.mode}, values {pixels.min():.4g} to {pixels.max():.4g}: no scale to 0..255 is known"
+        )
+    return pixels.round().astype(np.uint8)
 
 
 @functools.lru_cache(maxsize=2)
@@ -1177,12 +1240,15 @@ def save_table(path, header, rows):
 
 def save_png(image, path):
     """A PNG of uint8 [H, W, 3] that is complete or absent, but not forced to the disk: there are thousands."""
-    temporary = path.with_name("unfinished.tmp")
+    temporary = path.with_name(f"unfinished.{this_process()}.tmp")
     try:
         Image.fromarray(image).save(temporary, "PNG")
         os.replace(temporary, path)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error}") from error
+
+
+LITTER = ("Thumbs.db", "desktop.ini", "__MACOSX")
 
 
 def prepare_folder(folder, sampler, count):
@@ -1200,17 +1266,24 @@ def prepare_folder(folder, sampler, count):
 
     # Compare it with what is there.
     note = folder / ".origin.json"
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "unfinished.tmp").unlink(missing_ok=True)  # of a run that was killed
-    there = {entry.name for entry in folder.iterdir()} - {f"{note.name}.tmp"}
-    known = note.name in there and note.read_text(errors="replace") == json.dumps(origin)
+    there = visible_files(folder)
+    known = note.is_file() and note.read_text(errors="replace") == json.dumps(origin)
     wanted = {f"{i:05d}.png": i for i in range(count)}
-    if (there and not known) or there - wanted.keys() - {note.name}:
-        raise UserError(
-            f"--export {folder}: it holds other files, or images of other weights or settings; choose another"
-        )
+    if there and not known:
+        raise UserError(f"--export {folder}: it holds {there[0]}, of other weights or settings; choose another folder")
+    foreign = [name for name in there if name not in wanted]
+    if foreign:
+        raise UserError(f"--export {folder}: it holds {foreign[0]}, which is not asked for; choose another folder")
     write_atomically(note, json.dumps(origin))
-    return {i for name, i in wanted.items() if name in there}
+    return {wanted[name] for name in there}
+
+
+def visible_files(folder):
+    """The names in a folder, in order, but for what systems leave there: hidden files, thumbnails, unfinished files."""
+    if not folder.is_dir():
+        return []
+    names = sorted(entry.name for entry in folder.iterdir())
+    return [name for name in names if not name.startswith(".") and not name.endswith(".tmp") and name not in LITTER]
 
 
 class Log:
@@ -1223,7 +1296,8 @@ class Log:
         path = config.folder / "ddim_log.csv"
         rows = self.read(path, step) if step and world.rank == 0 else []
         write_atomically(path, "".join(",".join(row) + "\n" for row in [self.columns, *rows]))
-        self.file = open(path if world.rank == 0 else os.devnull, "a", newline="\n", buffering=1)
+        self.path, self.failure = path, None
+        self.file = open(path if world.rank == 0 else os.devnull, "ab", buffering=0)  # noqa: SIM115 (closed by train)
         self.config = config
         self.pending = []  # added, but not fetched
         self.fetched = []
@@ -1264,7 +1338,7 @@ class Log:
             shown = val_loss if step == last and val_loss is not None else ""
             row = [step, epoch, loss, shown, lr, grad_norm, images_per_s, self.seconds]
             cells = [f"{cell:.7g}" if isinstance(cell, float) else str(cell) for cell in row]
-            self.file.write(",".join(cells) + "\n")
+            self.append(",".join(cells) + "\n")
 
             good = math.isfinite(loss + grad_norm)
             self.bad_in_a_row = 0 if good else self.bad_in_a_row + 1
@@ -1272,6 +1346,15 @@ class Log:
             self.of_epoch.append(loss)
             self.recent = [*self.recent, loss][-100:]
         return f"loss {mean_finite(self.recent):.4f}, {images_per_s:,.1f} images/s"
+
+    def append(self, text):
+        """Write at once. A failure is kept for later: a disk too full for a row may still take a checkpoint."""
+        data = text.encode()
+        try:
+            if self.file.write(data) < len(data):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:
+            self.failure = UserError(f"cannot write {self.path}: {error}")
 
     def end_epoch(self, epoch, val_loss):
         """Say how the epoch went."""
@@ -1308,10 +1391,13 @@ def save_checkpoint(path, trainer):
 def load_checkpoint(path, device):
     """Read and validate a checkpoint, running nothing in it: a dict of format, config, step, model, ema, optimizer.
 
-    Published weights in diffusers' naming (.bin, .safetensors) give a dict of format, config (the network's settings)
-    and ema alone. UserError, naming the file and the reason, for anything else.
+    Published weights in diffusers' naming (.bin, .safetensors), or a folder of --export-weights, give a dict of format,
+    config (network and schedule) and ema alone. UserError, naming the file and the reason, for anything else.
     """
     path = Path(path)
+    if path.is_dir():
+        names = [path / "unet" / f"diffusion_pytorch_model.{suffix}" for suffix in ("safetensors", "bin")]
+        path = next((name for name in names if name.is_file()), names[0])
     if not path.is_file():
         raise UserError(f"checkpoint {path}: no such file")
     try:
@@ -1319,6 +1405,7 @@ def load_checkpoint(path, device):
         checkpoint = read(path, device)
         if "conv_in.weight" in checkpoint:
             checkpoint = from_published(checkpoint)
+            checkpoint["config"] |= read_scheduler(path)
         if checkpoint["format"] > FORMAT:
             newer = f"format {checkpoint['format']}, this one reads {FORMAT}"
             raise UserError(f"written by a newer version of this program ({newer})")
@@ -1388,6 +1475,20 @@ def from_published(weights):
     return {"format": FORMAT, "config": config, "ema": weights}
 
 
+def read_scheduler(path):
+    """The settings in the scheduler's config beside a folder's weights, as written by --export-weights."""
+    file = path.parent.parent / "scheduler" / "scheduler_config.json"
+    if path.parent.name != "unet" or not file.is_file():
+        return {}
+    scheduler = json.loads(file.read_text())
+    return {
+        "predict": {"v_prediction": "v", "epsilon": "eps"}[scheduler.get("prediction_type", "epsilon")],
+        "timesteps": scheduler["num_train_timesteps"],
+        "beta_start": scheduler["beta_start"],
+        "beta_end": scheduler["beta_end"],
+    }
+
+
 def upgrade(checkpoint):
     """Format 1, in place: it predicted eps, trained with Adam, and numbered the parameters of the optimizer."""
     config = {name: value for name, value in checkpoint["config"].items() if name in Config.__dataclass_fields__}
@@ -1445,9 +1546,23 @@ def laid_out_as(parameter, moments):
     return moved
 
 
-def newest_checkpoint(folder):
-    """(path, checkpoint) of the newest complete checkpoint in the folder, or (None, None)."""
-    for path in sorted(folder.glob("ddim_model_*.pth"), key=lambda path: path.stat().st_mtime_ns, reverse=True):
+def peek(path):
+    """Step and config of a checkpoint, without its tensors; or None for a file that cannot be read."""
+    with contextlib.suppress(Exception):  # whatever cannot be read is no run to lose
+        found = torch.load(path, map_location="meta", mmap=True, weights_only=True)
+        return found["step"], found["config"]
+    return None
+
+
+def furthest_checkpoint(folder):
+    """(path, checkpoint) of the complete checkpoint with the most steps in the folder, or (None, None)."""
+    known = {path: peek(path) for path in folder.glob("ddim_model_*.pth")}
+
+    def progress_of(path):
+        steps = known[path][0] if known[path] else math.inf  # to be named below
+        return steps, path.stat().st_mtime_ns  # time breaks ties
+
+    for path in sorted(known, key=progress_of, reverse=True):
         try:
             return path, load_checkpoint(path, "cpu")
         except UserError as error:
@@ -1456,17 +1571,100 @@ def newest_checkpoint(folder):
     return None, None
 
 
-def protect_earlier_run(folder, total):
-    """A fresh run overwrites neither a longer run nor one that was interrupted."""
-    steps = planned = 0
-    for path in folder.glob("ddim_model_*.pth"):
-        with contextlib.suppress(Exception):  # whatever cannot be read is no run to lose
-            found = torch.load(path, map_location="meta", mmap=True, weights_only=True)
-            plan = found["config"]["epochs"] * found["config"]["iterations"]
-            steps, planned = max((steps, planned), (found["step"], plan))
-    if steps > total or steps < planned:
-        kind = "a longer run" if steps > total else "an interrupted run"
-        raise UserError(f"--out-dir {folder} holds {kind}, of {steps:,} steps: --resume auto, or choose another folder")
+def protect_earlier_run(config, step):
+    """A fresh run (step None) overwrites no longer or interrupted run; a resumed one, no longer or other run."""
+    runs = [found for path in config.folder.glob("ddim_model_*.pth") if (found := peek(path))]
+    if not runs:
+        return
+    steps, saved = max(runs, key=lambda run: run[0])
+    planned = saved.get("epochs", 1) * saved.get("iterations", 1)
+    if step is None:
+        if steps > config.total or steps < planned:
+            kind = "a longer run" if steps > config.total else "an interrupted run"
+            hint = "go on with --resume auto, or choose another folder"
+            raise UserError(f"--out-dir {config.folder} holds {kind}, of {steps:,} steps: {hint}")
+        return
+
+    if steps > step:
+        raise UserError(
+            f"--out-dir {config.folder} holds a longer run, of {steps:,} steps, than the {step:,} of {config.resume}: "
+            "choose another folder"
+        )
+    same = {"predict": "eps", "optimizer": "adam", **saved}  # of format 1
+    for name in {*names_of(UNET, SCHEDULE), *FIXED_ON_RESUME} & same.keys():
+        theirs = tuple(same[name]) if isinstance(same[name], list) else same[name]
+        if theirs != getattr(config, name):
+            other = f"another run ({spell_flag(name)} {spell(theirs)})"
+            raise UserError(f"--out-dir {config.folder} holds {other}: choose another folder")
+
+
+def this_process():
+    """A name no other process has: temporary files carry it."""
+    return f"{socket.gethostname()}-{os.getpid()}"
+
+
+class Owner:
+    """A folder that is being written has one owner: the process that holds the lock on its file .ddim_owner.
+
+    The lock ends with the process, however that ends, so nothing stale is left. It also holds between machines where
+    the file system passes locks on (NFS 4 does). Where it has none, or on Windows, the folder is not protected.
+    """
+
+    held = {}  # folder -> open file: a process does not lock itself out
+
+    def __init__(self, folder, flag):
+        self.folder, self.flag = folder.resolve(), flag
+        self.path = self.folder / ".ddim_owner"
+
+    def __enter__(self):
+        if self.folder in Owner.held:
+            raise UserError(f"{self.flag} {self.folder} is being written by this process; choose another folder")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        file = self.lock()
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.flush()
+        Owner.held[self.folder] = file
+        for leftover in self.folder.glob("*.tmp"):  # of owners that are dead
+            if leftover.name.startswith(("ddim_", "unfinished", ".origin")):
+                leftover.unlink(missing_ok=True)
+        return self
+
+    def lock(self):
+        """The open file .ddim_owner, locked as far as the file system can."""
+        while True:
+            file = open(self.path, "a+")  # noqa: SIM115 (open as long as it is owned)
+            try:
+                if fcntl:
+                    fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                if error.errno in (errno.EACCES, errno.EAGAIN):
+                    file.seek(0)
+                    owner = file.read().strip() or "another process"
+                    raise UserError(
+                        f"{self.flag} {self.folder} is being written by {owner}; choose another folder"
+                    ) from error
+            with contextlib.suppress(FileNotFoundError):
+                if self.path.stat().st_ino == os.fstat(file.fileno()).st_ino:
+                    return file
+            file.close()  # its owner ended, and took the file away, between our two calls: once more
+
+    def __exit__(self, *_):
+        with contextlib.suppress(OSError):
+            self.path.unlink()  # before the lock goes: whoever opened it meanwhile finds it locked
+        Owner.held.pop(self.folder).close()
+
+
+def own_folders(config, stack):
+    """Become the owner of --out-dir and of a folder of --export, until the stack is closed. UserError if another is."""
+    export = config.export_folder
+    try:
+        stack.enter_context(Owner(config.folder, "--out-dir"))
+        if export and export.resolve() != config.folder:
+            stack.enter_context(Owner(export, "--export"))
+    except OSError as error:
+        flags = "--out-dir, --export"
+        raise UserError(f"cannot write to {error.filename}: {error.strerror} ({flags})") from error
 
 
 def prepare_out_dir(config, checkpoint_bytes):
@@ -1475,10 +1673,9 @@ def prepare_out_dir(config, checkpoint_bytes):
         for path in (config.export, config.export_weights):
             if path:
                 Path(path).resolve().parent.mkdir(parents=True, exist_ok=True)
-        config.folder.mkdir(parents=True, exist_ok=True)
-        (config.folder / "ddim_trial.tmp").touch()
-        for leftover in config.folder.glob("ddim_trial.tmp" if config.sample else "ddim_*.tmp"):  # of a killed run
-            leftover.unlink(missing_ok=True)
+        trial = config.folder / f"ddim_trial.{this_process()}.tmp"
+        trial.touch()
+        trial.unlink()
         free = shutil.disk_usage(config.folder).free
     except OSError as error:
         flags = "--out-dir, --export, --export-weights"
@@ -1495,8 +1692,8 @@ def prepare_out_dir(config, checkpoint_bytes):
         say(f"warning: {config.out_dir}: {lack}; see --save-every", sys.stderr)
 
 
-def export_weights(folder, model, config):
-    """The folder that diffusers' DDIMPipeline.from_pretrained(folder) loads."""
+def diffusers_configs(config):
+    """What diffusers has to know of a network and its schedule: the texts of its files, by name."""
     attends = [SIZE >> level in config.attn_resolutions for level in range(len(config.channel_mults))]
     unet = {
         "_class_name": "UNet2DModel",
@@ -1532,8 +1729,13 @@ def export_weights(folder, model, config):
         "scheduler": ["diffusers", "DDIMScheduler"],
     }
     files = {"model_index.json": index, "unet/config.json": unet, "scheduler/scheduler_config.json": scheduler}
-    for name, content in files.items():
-        write_atomically(folder / name, json.dumps(content, indent=2))
+    return {name: json.dumps(content, indent=2) for name, content in files.items()}
+
+
+def export_weights(folder, model, config):
+    """The folder that diffusers' DDIMPipeline.from_pretrained(folder) loads."""
+    for name, text in diffusers_configs(config).items():
+        write_atomically(folder / name, text)
 
     # safetensors if the package is there, which diffusers prefers; else what torch writes.
     weights = {name: value.cpu().contiguous() for name, value in model.state_dict().items()}
@@ -1552,7 +1754,7 @@ def write_atomically(path, content):
     if world.rank > 0:
         return
     path = Path(path)
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = path.with_name(f"{path.name}.{this_process()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
@@ -1567,8 +1769,11 @@ def write_atomically(path, content):
             folder = os.open(path.parent, os.O_RDONLY)
             os.fsync(folder)
             os.close(folder)
-    except (OSError, RuntimeError) as error:  # torch.save hides a full disk in a RuntimeError
-        raise UserError(f"cannot write {path.resolve()}: {error.__context__ or error}") from error
+    except (OSError, RuntimeError) as error:
+        reason = error
+        while reason.__context__ and not isinstance(reason, OSError):  # torch.save hides a full disk in RuntimeErrors
+            reason = reason.__context__
+        raise UserError(f"cannot write {path.resolve()}: {reason}") from error
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
@@ -1587,10 +1792,38 @@ class World:
     local_size: int = 1
 
     def read_environment(self):
-        self.rank, self.local_rank = (int(os.environ.get(name, 0)) for name in ("RANK", "LOCAL_RANK"))
-        self.size, self.local_size = (int(os.environ.get(name, 1)) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
+        """torchrun's variables, all of them or none. UserError if they make no sense; leftovers are ignored."""
+        self.__init__()
+        found = {name: os.environ.get(name, "").strip() for name in TORCHRUN}
+        hint = "start with torchrun, or unset these variables"
+        numbers = {}
+        for name, text in found.items():
+            if text and name != "MASTER_ADDR":
+                if not text.isdecimal():
+                    raise UserError(f"{name}={text!r} in the environment is not a number: {hint}")
+                numbers[name] = int(text)
+
+        size = numbers.get("WORLD_SIZE", 1)
+        if size <= 1:
+            if numbers.get("RANK", 0) > 0:
+                say(
+                    f"warning: RANK={numbers['RANK']} without WORLD_SIZE > 1 is ignored: this is one process",
+                    sys.stderr,
+                )
+            if int(os.environ.get("SLURM_NTASKS") or 1) > 1 and os.environ.get("SLURM_PROCID", "0") == "0":
+                say("warning: srun started several tasks, each a run of its own; for one run, use torchrun", sys.stderr)
+            return
+        missing = [name for name, text in found.items() if not text]
+        if missing:
+            raise UserError(f"WORLD_SIZE={size} in the environment, but {', '.join(missing)} missing: {hint}")
+        rank, local_rank, local_size = (numbers[name] for name in ("RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE"))
+        if not (rank < size and local_rank < local_size <= size):
+            told = ", ".join(f"{name}={found[name]}" for name in TORCHRUN[:4])
+            raise UserError(f"{told} in the environment contradict each other: {hint}")
+        self.rank, self.size, self.local_rank, self.local_size = rank, size, local_rank, local_size
 
 
+TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 world = World()
 
 
@@ -1606,6 +1839,13 @@ def sum_over_processes(tensor):
     if world.size > 1:
         dist.all_reduce(tensor)
     return tensor
+
+
+def gradients_averaged(network, now):
+    """backward() in this block averages gradients over processes, or leaves it to a later block."""
+    if now or world.size == 1:
+        return contextlib.nullcontext()
+    return network.no_sync()
 
 
 class UserError(Exception):
@@ -1632,8 +1872,70 @@ class Diverged(UserError):
         super().__init__(f"10 steps in a row without a finite loss or gradient; try a lower --lr. {good}")
 
 
+class NotFinite(UserError):
+    """Samples hold infinities or NaN."""
+
+    code = 1
+
+    def __init__(self, indices, count):
+        which = spell(indices[:5]) + (" ..." if len(indices) > 5 else "")
+        super().__init__(
+            f"{len(indices)} of {count} images are not finite: numbers {which}; nothing of them is written"
+        )
+
+
 class Stopped(BaseException):
     """A signal asked for the end. Its argument is the number of the signal."""
+
+
+class SafeStream:
+    """stdout or stderr whose failure loses no work: it becomes the null device, or shows ? for a character."""
+
+    def __init__(self, stream):
+        self.stream = stream or open(os.devnull, "w")  # noqa: SIM115 (`>&-` leaves none)
+
+    def write(self, text):
+        try:
+            return self.stream.write(text)
+        except UnicodeEncodeError:
+            encoding = self.stream.encoding
+            return self.write(text.encode(encoding, "replace").decode(encoding))
+        except (OSError, ValueError):
+            self.give_up()
+            return len(text)
+
+    def flush(self):
+        try:
+            self.stream.flush()
+        except (OSError, ValueError):
+            self.give_up()
+
+    def give_up(self):
+        try:  # what is in its buffer goes there, too, at the very end
+            null = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(null, self.stream.fileno())
+            os.close(null)
+        except (OSError, ValueError):
+            self.stream = open(os.devnull, "w")  # noqa: SIM115
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+
+@contextlib.contextmanager
+def visitor():
+    """What the program changes in Python and torch is put back at the end: main can be called from other programs."""
+    streams, threads, benchmark = (sys.stdout, sys.stderr), torch.get_num_threads(), torch.backends.cudnn.benchmark
+    sys.stdout, sys.stderr = SafeStream(sys.stdout), SafeStream(sys.stderr)
+    try:
+        with torch.random.fork_rng():
+            yield
+    finally:
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+        sys.stdout, sys.stderr = streams
+        torch.set_num_threads(threads)
+        torch.backends.cudnn.benchmark = benchmark
 
 
 def say(text, file=None):
@@ -1702,6 +2004,8 @@ class Signals:
         self.previous = {}
 
     def __enter__(self):
+        if threading.current_thread() is not threading.main_thread():
+            return self  # Python allows handlers in no other
         for name in ("SIGINT", "SIGTERM", "SIGHUP"):
             signum = getattr(signal, name, None)  # Windows has no SIGHUP
             if signum and signal.getsignal(signum) not in (signal.SIG_IGN, None):  # nohup ignores it
@@ -1713,13 +2017,9 @@ class Signals:
             signal.signal(signum, handler)
 
     def handle(self, signum, frame):
-        if signum == getattr(signal, "SIGHUP", None):  # the terminal is gone: writing to it would fail
-            for stream in (1, 2):
-                if stat.S_ISCHR(os.fstat(stream).st_mode):
-                    os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
         if not self.received:
             self.received, self.since = signum, time.monotonic()
-        elif signum == signal.SIGINT and ("RANK" not in os.environ or time.monotonic() - self.since > 1):
+        elif signum == signal.SIGINT and (world.size == 1 or time.monotonic() - self.since > 1):
             os._exit(128 + signum)  # torchrun repeats the first by itself
         self.heed()
 
@@ -1775,12 +2075,33 @@ def start(config, signals):
     if world.local_size > 1 or "OMP_NUM_THREADS" not in os.environ:  # torchrun sets it to 1
         torch.set_num_threads(max(1, available_cores() // world.local_size))
     if world.size > 1:
-        patience = timedelta(hours=2)  # the others wait while the first downloads CIFAR-10
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=patience)
+        join_processes(device)
     precision = config.precision
     if precision == "auto":
         precision = "bf16" if fast_in_bf16(device) else "fp32"
     return Runtime(device, precision, config.compile, signals)
+
+
+def join_processes(device):
+    """Wait for the other processes, in a thread, so that a signal can end the waiting."""
+    say(f"waiting for {world.size} processes at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}")
+    failure = []
+
+    def join():
+        try:
+            if device.type == "cuda":
+                torch.cuda.set_device(device)  # each thread has its own
+            patience = timedelta(hours=2)  # the others wait while rank 0 downloads CIFAR-10
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=patience)
+        except Exception as error:
+            failure.append(error)
+
+    thread = threading.Thread(target=join, daemon=True)
+    thread.start()
+    while thread.is_alive():
+        thread.join(0.1)
+    if failure:
+        raise failure[0]
 
 
 def choose_device(asked):
@@ -1789,15 +2110,19 @@ def choose_device(asked):
         here.insert(0, "mps")
     if torch.cuda.is_available():
         here.insert(0, "cuda")
-    if asked not in ("auto", *here):
+    kind, _, number = asked.partition(":")
+    if kind not in ("auto", *here):
         raise UserError(f"--device {asked}: not available here, where there is {', '.join(here)}")
     device = torch.device(here[0] if asked == "auto" else asked)
-    if device.type == "cuda":
-        if torch.cuda.device_count() < world.local_size:
-            count = torch.cuda.device_count()
-            raise UserError(f"{world.local_size} processes for {count} GPUs: lower --nproc_per_node")
-        device = torch.device("cuda", world.local_rank)
-        torch.cuda.set_device(device)
+    if device.type != "cuda":
+        return device
+    count = torch.cuda.device_count()
+    if count < world.local_size:
+        raise UserError(f"{world.local_size} processes for {count} GPUs: lower --nproc_per_node")
+    if number and (world.size > 1 or int(number) >= count):
+        raise UserError(f"--device {asked}: one of {count} GPUs, for a single process; or set CUDA_VISIBLE_DEVICES")
+    device = torch.device("cuda", int(number or world.local_rank))
+    torch.cuda.set_device(device)
     return device
 
 
@@ -1875,7 +2200,7 @@ def parse_args(argv=None):
     # The checkpoint, and the settings that come from it.
     path, checkpoint, inherited = sample or resume, None, {}
     if resume == "auto":
-        path, checkpoint = newest_checkpoint(Path(typed.get("out_dir", Config.out_dir)))
+        path, checkpoint = furthest_checkpoint(Path(typed.get("out_dir", Config.out_dir)))
     elif path:
         checkpoint = load_checkpoint(path, "cpu")
     if checkpoint:
@@ -1892,6 +2217,9 @@ def parse_args(argv=None):
     return config, checkpoint
 
 
+FIXED_ON_RESUME = {"predict", "dataset", "batch_size", "seed", "optimizer", "recipe"}
+
+
 def inherit(checkpoint, path, typed, resume):
     """The settings a run takes over from its checkpoint. UsageError if what was typed contradicts a fixed one."""
     config = checkpoint["config"]
@@ -1902,7 +2230,7 @@ def inherit(checkpoint, path, typed, resume):
     if resume:
         if "step" not in checkpoint:
             raise UserError(f"checkpoint {path}: published weights cannot be resumed, only used with --sample")
-        fixed |= {"dataset", "batch_size", "seed", "optimizer", "recipe"}
+        fixed |= FIXED_ON_RESUME
         taken = {*names_of(TRAINING, DATA, UNET, SCHEDULE, SAMPLING, RUNTIME)} - {"device"}
     inherited = {name: config[name] for name in taken & config.keys()}
 
@@ -1936,7 +2264,12 @@ def check(config):
             f"--beta-end {config.beta_end} leaves no image after {config.timesteps} --timesteps; lower either"
         )
 
+    if not re.fullmatch(r"auto|cuda(:\d+)?|mps|cpu", config.device):
+        raise UsageError(f"--device {config.device}: must be auto, cuda, cuda:N, mps or cpu")
+
     # Sampling and experiments.
+    if config.export_folder and config.export_folder.suffix and not config.export_folder.is_dir():
+        raise UsageError(f"--export {config.export}: must be NAME.npz, or a folder, whose name has no dot")
     compares = config.reconstruct or config.consistency
     steps = (config.steps, *config.compared_steps) if compares else (config.steps,)
     if max(steps) > config.timesteps:
@@ -2003,8 +2336,14 @@ def execute(config, checkpoint, runtime):
     # Prepare folder and images.
     if world.rank == 0:
         prepare_out_dir(config, 0 if config.sample else 4 * 4 * size)  # weights, averages and two moments
-        if not checkpoint:
-            protect_earlier_run(config.folder, config.total)
+        if not config.sample:
+            step = checkpoint["step"] if checkpoint else None
+            protect_earlier_run(config, step)
+            there = visible_files(config.export_folder) if config.export_folder else []
+            if there and (step is None or step < config.total):
+                raise UserError(
+                    f"--export {config.export}: it holds {there[0]}, of other weights; choose another folder"
+                )
     images = held_out = None
     if not config.sample or config.reconstruct:
         images, held_out = get_images(config)
@@ -2034,7 +2373,10 @@ def execute(config, checkpoint, runtime):
 def execute_training(config, checkpoint, runtime, model, schedule, images, held_out):
     """Train, and return the network to sample with."""
     trainer = Trainer(model, schedule, config, runtime)
+    trainer.fingerprint = zlib.crc32(images.numpy())
     if checkpoint:
+        if checkpoint.get("images", trainer.fingerprint) != trainer.fingerprint:
+            say("warning: the training images are not those that the run began with", sys.stderr)
         trainer.load_state_dict(checkpoint)
         checkpoint.clear()  # half a gigabyte
         runtime.saved = Path(config.resume).resolve()
@@ -2046,7 +2388,10 @@ def execute_training(config, checkpoint, runtime, model, schedule, images, held_
 
     def preview(epoch):
         sampler = Sampler(trainer.ema, schedule, config, runtime)
-        save_samples(sampler, config.folder / f"ddim_samples_epoch_{epoch}.png", count=16)
+        try:
+            save_samples(sampler, config.folder / f"ddim_samples_epoch_{epoch}.png", count=16)
+        except NotFinite as error:  # training may recover
+            say(f"warning: {error}", sys.stderr)
 
     train(trainer, images, held_out, preview)
     return model if config.no_ema else trainer.ema
@@ -2076,34 +2421,45 @@ def resume_command(argv, saved):
 
 
 def main(argv=None):
-    """The command. Returns the exit code: 0; 1 diverged or a process lost; 2 an error in one line; 128 + the signal."""
+    """The command. Returns the exit code: 0; 1 diverged or a process lost; 2 an error in one line; 128 + the signal.
+
+    It may be called from another program, in any thread, any number of times.
+    """
+    with visitor():
+        code, complaint, everywhere = run(argv)
+        if complaint and (everywhere or world.rank == 0):
+            print(complaint, file=sys.stderr)
+    return code
+
+
+def run(argv):
+    """Exit code, what to say on stderr, and whether a process other than rank 0 says it, too."""
     config = runtime = None
     try:
         world.read_environment()
-        with Signals() as signals:
+        with Signals() as signals, contextlib.ExitStack() as stack:
             config, checkpoint = parse_args(argv)
             runtime = start(config, signals)
+            if world.rank == 0:
+                own_folders(config, stack)
             execute(config, checkpoint, runtime)
         if world.size > 1:  # NCCL waits for all processes here, so never on the way out of an error
             dist.destroy_process_group()
-        return 0
+        return 0, None, False
     except SystemExit as finished:  # --help
-        return finished.code or 0
+        return finished.code or 0, None, False
     except Stopped as stopped:
         (signum,) = stopped.args
-        code, complaint = 128 + signum, f"stopped by {signal.Signals(signum).name}"
+        complaint = f"stopped by {signal.Signals(signum).name}"
         if runtime and runtime.saved:
             complaint += f"; to go on:\n{resume_command(argv, runtime.saved)}"
+        return 128 + signum, complaint, False
     except (UserError, OSError) as error:
         usage = make_parser().format_usage() if isinstance(error, UsageError) else ""
-        code, complaint = getattr(error, "code", 2), f"{usage}ddim_cifar.py: error: {error}"
+        return getattr(error, "code", 2), f"{usage}ddim_cifar.py: error: {error}", isinstance(error, NotFinite)
     except (MemoryError, RuntimeError) as error:
         code, complaint = explain(error, config)
-        print(complaint, file=sys.stderr)  # of whichever process
-        return code
-    if world.rank == 0:
-        print(complaint, file=sys.stderr)
-    return code
+        return code, complaint, True
 
 
 def explain(error, config):
@@ -2111,8 +2467,8 @@ def explain(error, config):
     if out_of_memory(error):
         smaller = "a smaller --sample-batch-size"
         if config and not config.sample:
-            half = max(1, config.batch_size // 2 // world.size) * world.size
-            smaller = f"--batch-size {half} (or {smaller})"
+            now = config.micro_batch or config.batch_size // world.size
+            smaller = f"--micro-batch {max(1, now // 2)}, which trains the same (or {smaller})"
         return 2, f"ddim_cifar.py: error: out of memory; try {smaller}"
     if isinstance(error, dist.DistError) or "gloo" in str(error):
         return 1, f"ddim_cifar.py: error: process {world.rank} lost the others: {str(error).splitlines()[0]}"

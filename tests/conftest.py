@@ -1,4 +1,4 @@
-"""What several test files share, as fixtures: the command in this process and in others, a trained checkpoint, readers."""
+"""What several test files share: the command in this process and in others, a trained checkpoint, readers."""
 
 import collections
 import csv
@@ -17,8 +17,9 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # idle threads sleep: tiny 
 import ddim_cifar
 
 SCRIPT = Path(ddim_cifar.__file__)
-NETWORK = "--channels 32 --channel-mults 1 2 --res-blocks 1 --attn-resolutions 16 --device cpu".split()
-TINY = [*NETWORK, *"--dataset synthetic --batch-size 4 --sample-steps 2 --precision fp32".split()]
+NETWORK = ["--channels", "32", "--channel-mults", "1", "2", "--res-blocks", "1", "--attn-resolutions", "16"]
+NETWORK += ["--device", "cpu"]
+TINY = [*NETWORK, "--dataset", "synthetic", "--batch-size", "4", "--sample-steps", "2", "--precision", "fp32"]
 Result = collections.namedtuple("Result", "code out err")
 
 
@@ -77,9 +78,10 @@ def ddim(tmp_path, capfd, monkeypatch):
 def checkpoint(tmp_path_factory):
     """Of a tiny network after a few steps at a high rate, so that averaged and own weights, and all images, differ."""
     folder = tmp_path_factory.mktemp("trained")
-    assert (
-        ddim_cifar.main([*TINY, "--iterations", "20", "--lr", "2e-3", "--warmup", "0", "--out-dir", str(folder)]) == 0
-    )
+    flags = ["--iterations", "20", "--lr", "2e-3", "--warmup", "0", "--lr-decay", "0"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ddim_cifar, "HELD_OUT", 40)
+        assert ddim_cifar.main([*TINY, *flags, "--out-dir", str(folder)]) == 0
     return folder / "ddim_model_final.pth"
 
 

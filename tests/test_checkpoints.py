@@ -10,6 +10,7 @@ import zipfile
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import ddim_cifar
 from ddim_cifar import UNet, UserError, load_checkpoint, parse_args
@@ -111,7 +112,7 @@ def test_a_log_that_is_gone_is_begun_anew(ddim, tmp_path, columns):
     assert columns(tmp_path, "step") == [["2"]]
 
 
-def test_auto_takes_the_newest_complete_checkpoint_and_clears_up(ddim, tmp_path):
+def test_auto_takes_the_furthest_complete_checkpoint_and_clears_up(ddim, tmp_path):
     assert "starting afresh" in ddim("--resume", "auto", "--epochs", "2", "--save-every", "1", *ONE).out
     final = tmp_path / "ddim_model_final.pth"
     final.write_bytes(final.read_bytes()[:-1000])
@@ -445,3 +446,38 @@ def test_a_run_stopped_at_random_moments_ends_as_if_left_alone(
     assert_same_training(alone / "ddim_model_final.pth", folder / "ddim_model_final.pth")
     assert columns(alone, "val_loss", *LOGGED) == columns(folder, "val_loss", *LOGGED)
     assert not list(folder.glob("*.tmp"))
+
+
+# ---- Which checkpoint, and into which folder -------------------------------------------------------------------------
+
+
+def test_auto_takes_the_furthest_whatever_its_date_says(ddim, tmp_path):
+    ddim("--epochs", "3", "--save-every", "1", "--num-samples", "1")
+    os.utime(tmp_path / "ddim_model_epoch_1.pth", (2e9, 2e9))  # as after cp, zip or git
+    result = ddim("--resume", "auto", "--epochs", "4", flags=[])
+    assert result.code == 0 and "3 done, 1 to go" in result.out
+
+
+def test_resuming_into_a_folder_of_a_longer_or_another_run_is_refused(ddim, tmp_path, checkpoint):
+    ddim("--epochs", "3", "--save-every", "1", "--num-samples", "1")
+    files = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    longer = ddim("--resume", tmp_path / "ddim_model_epoch_1.pth", "--epochs", "2", flags=[])
+    assert longer.code == 2 and "holds a longer run, of 3 steps" in longer.err
+    ddim("--seed", "7", "--num-samples", "1", out_dir=tmp_path / "other")
+    other = ddim("--resume", checkpoint, "--epochs", "2", flags=[], out_dir=tmp_path / "other")
+    assert other.code == 2 and "holds another run (--seed 7)" in other.err
+    assert all(path.read_bytes() == content for path, content in files.items())
+    assert ddim("--resume", tmp_path / "ddim_model_epoch_1.pth", flags=[], out_dir=tmp_path / "new").code == 0
+
+
+def test_other_training_images_than_before_are_reported_on_resume(ddim, tmp_path):
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for i in range(3):
+        Image.new("RGB", (32, 32), (80 * i, 0, 0)).save(folder / f"{i}.png")
+    flags = [*ddim.network, "--dataset", "folder", "--data-dir", folder, "--batch-size", "4", "--sample-steps", "2"]
+    ddim(*flags, flags=[])
+    assert "images are not those" not in ddim("--resume", "auto", "--epochs", "2", flags=[]).err
+    Image.new("RGB", (32, 32), "blue").save(folder / "3.png")
+    result = ddim("--resume", "auto", "--epochs", "3", flags=[])
+    assert result.code == 0 and result.err.count("images are not those") == 1

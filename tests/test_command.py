@@ -4,7 +4,9 @@ import math
 import os
 import shutil
 import signal
+import subprocess
 import sys
+import threading
 import types
 
 import numpy as np
@@ -53,7 +55,7 @@ def test_training_leaves_every_promised_file(ddim, tmp_path, load, read_log):
     assert all(0 < float(row["loss"]) < 2 and float(row["images_per_s"]) > 0 for row in rows)
 
     saved = load(tmp_path / "ddim_model_final.pth")
-    assert set(saved) == {"format", "config", "step", "model", "ema", "optimizer"} and saved["step"] == 6
+    assert set(saved) == {"format", "config", "step", "images", "model", "ema", "optimizer"} and saved["step"] == 6
     assert saved["model"].keys() == saved["ema"].keys() == saved["optimizer"].keys()
     assert not any(name.startswith(("module.", "_orig_mod.")) for name in saved["model"])
 
@@ -232,7 +234,7 @@ def exhaust_memory(monkeypatch, above=0):
 def test_out_of_memory_in_training_says_what_to_try(ddim, monkeypatch):
     exhaust_memory(monkeypatch)
     result = ddim("--batch-size", "8")
-    assert result.code == 2 and "out of memory; try --batch-size 4" in result.err
+    assert result.code == 2 and "out of memory; try --micro-batch 4, which trains the same" in result.err
 
 
 def test_memory_that_does_not_suffice_for_one_image_is_explained(ddim, checkpoint, monkeypatch):
@@ -332,7 +334,7 @@ def ctrl_c(monkeypatch):
 
 
 def test_ctrl_c_waits_for_the_end_of_a_postponed_block_and_a_second_one_does_not(ctrl_c, monkeypatch):
-    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setattr(ddim_cifar.world, "size", 1)
     reached = []
     with ddim_cifar.Signals() as signals, pytest.raises(ddim_cifar.Stopped), signals.postponed():
         ctrl_c()
@@ -356,7 +358,7 @@ def test_ctrl_c_is_heeded_at_once_where_nothing_or_a_preview_is_under_way(ctrl_c
 
 
 def test_what_torchrun_repeats_by_itself_is_no_second_ctrl_c(ctrl_c, monkeypatch):
-    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setattr(ddim_cifar.world, "size", 2)
     with ddim_cifar.Signals() as signals, pytest.raises(ddim_cifar.Stopped), signals.postponed():
         ctrl_c()
         ctrl_c()
@@ -404,3 +406,186 @@ def test_minutes_between_saves_are_minutes(ddim, monkeypatch):
     monkeypatch.setattr(ddim_cifar.time, "monotonic", lambda: float(next(clock)))
     saved = ddim("--iterations", "8", *ONE, "--save-minutes", "0.2").out.count("saved ")
     assert 2 <= saved <= 4  # one at the end, the others 12 seconds and more apart
+
+
+# ---- One owner per folder --------------------------------------------------------------------------------------------
+
+
+def test_a_second_training_in_a_folder_is_refused_and_the_first_goes_on(ddim, tmp_path, wait_until, read_log):
+    first = ddim.start(*ddim.tiny, "--epochs", "100000", "--save-minutes", "0", "--out-dir", tmp_path)
+    wait_until((tmp_path / "ddim_model_last.pth").exists, first)
+    for flags in (["--epochs", "3"], ["--epochs", "100000", "--resume", "auto"]):
+        result = ddim(*flags)
+        (line,) = result.err.splitlines()
+        assert result.code == 2 and f"is being written by process {first.pid} on " in line
+    steps = len(read_log(tmp_path))
+    wait_until(lambda: len(read_log(tmp_path)) > steps, first)
+    first.send_signal(signal.SIGINT)
+    first.communicate(timeout=60)
+    assert first.returncode == 130 and not list(tmp_path.glob(".ddim_owner"))
+
+
+def test_of_two_exports_into_a_folder_one_is_refused_and_every_image_has_its_own_number(ddim, checkpoint, tmp_path):
+    flags = ["--sample", checkpoint, "--sample-steps", "3", "--precision", "fp32", "--num-samples", "12", "--export"]
+    ddim(*flags, tmp_path / "alone.npz", flags=[])
+    slow = ["--sample-batch-size", "1", tmp_path / "x"]
+    both = [ddim.start(*flags[:-1], *slow[:2], "--export", slow[2], "--out-dir", tmp_path / name) for name in "ab"]
+    errors = [process.communicate(timeout=120)[1] for process in both]
+    codes = sorted(process.returncode for process in both)
+    assert codes in ([0, 2], [0, 0])  # or one was through before the other began
+    assert all("being written" in error for error, process in zip(errors, both) if process.returncode == 2)
+    drawn = [np.asarray(Image.open(tmp_path / "x" / f"{i:05d}.png")).astype(int) for i in range(12)]
+    assert np.abs(np.stack(drawn) - np.load(tmp_path / "alone.npz")["arr_0"]).max() <= 1
+
+
+def test_what_a_killed_owner_left_is_cleaned_up(ddim, tmp_path, wait_until):
+    killed = ddim.start(*ddim.tiny, "--epochs", "100000", "--out-dir", tmp_path)
+    wait_until((tmp_path / "ddim_log.csv").exists, killed)
+    killed.kill()
+    killed.communicate(timeout=60)
+    assert (tmp_path / ".ddim_owner").exists()
+    (tmp_path / "ddim_model_last.pth.elsewhere-123.tmp").touch()
+    assert ddim().code == 0
+    assert not list(tmp_path.glob("*.tmp")) and not list(tmp_path.glob(".*"))
+
+
+# ---- The environment of several processes ----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def environment(monkeypatch):
+    """Sets the variables of torchrun and of a job scheduler; those not named are absent."""
+
+    def change(**variables):
+        for name in (*ddim_cifar.TORCHRUN, "SLURM_NTASKS", "SLURM_PROCID"):
+            monkeypatch.delenv(name, raising=False)
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+
+    return change
+
+
+@pytest.mark.parametrize(
+    "variables, word",
+    [
+        ({"RANK": "3"}, "RANK=3"),
+        ({"RANK": "", "WORLD_SIZE": "", "MASTER_PORT": ""}, ""),
+        ({"WORLD_SIZE": "1", "RANK": "0"}, ""),
+        ({"SLURM_NTASKS": "2", "SLURM_PROCID": "0"}, "torchrun"),
+        ({"SLURM_NTASKS": "2", "SLURM_PROCID": "1"}, ""),
+    ],
+)
+def test_leftover_variables_mean_one_process_and_one_warning_at_most(ddim, environment, variables, word):
+    environment(**variables)
+    result = ddim("--num-samples", "1")
+    assert result.code == 0 and len(result.err.splitlines()) == bool(word) and word in result.err
+
+
+@pytest.mark.parametrize(
+    "variables, word",
+    [
+        ({"WORLD_SIZE": "two"}, "WORLD_SIZE='two'"),
+        ({"WORLD_SIZE": "2"}, "MASTER_ADDR"),
+        ({"WORLD_SIZE": "2", "RANK": "-1"}, "RANK='-1'"),
+        (
+            dict(zip(ddim_cifar.TORCHRUN, ["2", "2", "0", "2", "127.0.0.1", "29500"])),
+            "RANK=2, WORLD_SIZE=2, LOCAL_RANK=0, LOCAL_WORLD_SIZE=2",
+        ),
+    ],
+)
+def test_variables_that_make_no_sense_are_explained_in_one_line(ddim, environment, variables, word):
+    environment(**variables)
+    result = ddim()
+    (line,) = result.err.splitlines()
+    assert result.code == 2 and word in line and "torchrun" in line
+
+
+def test_waiting_for_other_processes_is_announced_and_ends_with_a_signal(ddim, tmp_path):
+    variables = dict(zip(ddim_cifar.TORCHRUN, ["0", "2", "0", "2", "127.0.0.1", "29513"]))
+    process = ddim.start(*ddim.tiny, "--out-dir", tmp_path, env=variables)
+    assert "waiting for 2 processes at 127.0.0.1:29513" in process.stdout.readline()
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=30)
+    assert process.returncode == 143
+
+
+# ---- Output that goes away -------------------------------------------------------------------------------------------
+
+
+def test_a_run_whose_output_goes_away_goes_on_to_its_end(ddim, tmp_path):
+    process = ddim.start(*ddim.tiny, "--epochs", "5", "--out-dir", tmp_path)
+    process.stdout.readline()
+    process.stdout.close()  # as `| head -1` does
+    assert process.wait(60) == 0 and process.stderr.read() == ""
+    assert (tmp_path / "ddim_samples.png").exists()
+
+
+def test_a_run_stopped_after_its_output_went_away_saves_and_has_its_code(ddim, tmp_path, wait_until):
+    process = ddim.start(*ddim.tiny, "--epochs", "100000", "--out-dir", tmp_path)
+    wait_until(lambda: (tmp_path / "ddim_log.csv").exists(), process)
+    process.stdout.close()  # as of `| tee log`, which the same Ctrl-C ends
+    process.stderr.close()
+    process.send_signal(signal.SIGINT)
+    assert process.wait(60) == 130 and (tmp_path / "ddim_model_last.pth").exists()
+
+
+def test_closed_streams_do_not_matter(ddim, tmp_path):
+    def close():
+        os.close(1)
+        os.close(2)
+
+    command = [sys.executable, str(ddim.script), *ddim.tiny, "--out-dir", str(tmp_path)]
+    assert subprocess.run(command, preexec_fn=close, timeout=60).returncode == 0
+    assert (tmp_path / "ddim_samples.png").exists()
+
+
+def test_a_character_that_the_terminal_lacks_does_not_end_the_run(ddim, tmp_path):
+    process = ddim.start(*ddim.tiny, "--out-dir", tmp_path / "图片", env={"PYTHONIOENCODING": "cp1252"})
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 0 and "??" in out and err == ""
+
+
+def test_a_full_disk_is_named_with_the_log_and_a_checkpoint_is_tried(ddim, tmp_path, monkeypatch):
+    append, rows = ddim_cifar.Log.append, []
+
+    class Full:
+        def write(self, data):
+            return 0
+
+        def close(self):
+            pass
+
+    def fill_up(self, text):
+        rows.append(text)
+        if len(rows) == 3:
+            self.file = Full()
+        append(self, text)
+
+    monkeypatch.setattr(ddim_cifar.Log, "append", fill_up)
+    result = ddim("--epochs", "9")
+    (line,) = result.err.splitlines()
+    assert result.code == 2 and "ddim_log.csv" in line and "No space left" in line
+    assert (tmp_path / "ddim_model_last.pth").exists()
+
+
+# ---- Called from another program -------------------------------------------------------------------------------------
+
+
+def test_main_runs_in_a_thread_and_twice_and_leaves_torch_as_it_was(ddim):
+    def state():
+        return torch.get_num_threads(), torch.backends.cudnn.benchmark, torch.get_rng_state().tolist()
+
+    before, streams, codes = state(), (sys.stdout, sys.stderr), []
+    handler = signal.getsignal(signal.SIGINT)
+    for _ in range(2):
+        thread = threading.Thread(target=lambda: codes.append(ddim("--num-samples", "1").code))
+        thread.start()
+        thread.join(60)
+    assert codes == [0, 0] and state() == before
+    assert (sys.stdout, sys.stderr) == streams and signal.getsignal(signal.SIGINT) is handler
+
+
+def test_a_gpu_may_be_named_by_its_number(ddim):
+    assert "--device gpu" in ddim("--device", "gpu").err
+    result = ddim("--device", "cuda:99")
+    assert result.code == 2 and len(result.err.splitlines()) == 1 and "--device cuda:99" in result.err

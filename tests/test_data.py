@@ -127,12 +127,11 @@ def test_a_folder_keeps_what_images_show(tmp_path):
     assert (transparent == 255).all() and (deep == 128).all() and (cropped[:, :, 2:30] == 255).all()
 
 
-def test_sixteen_bits_become_eight_and_eight_bits_in_thirty_two_stay(tmp_path):
+def test_sixteen_bits_become_eight_by_rounding(tmp_path):
     for i, value in enumerate((0, 256, 32640, 65279, 65535)):  # 257 k and its neighbours
         Image.fromarray(np.full((32, 32), value, np.uint16)).save(tmp_path / f"{i}.png")
-    Image.fromarray(np.full((32, 32), 200, np.int32)).save(tmp_path / "9.tif")
     images, _ = ddim_cifar.load_images("folder", tmp_path)
-    assert images[:, 0, 0, 0].tolist() == [0, 1, 127, 254, 255, 200]
+    assert images[:, 0, 0, 0].tolist() == [0, 1, 127, 254, 255]
 
 
 def test_transparency_of_grey_and_of_palettes_becomes_white(tmp_path):
@@ -249,3 +248,25 @@ def test_a_real_run_without_cifar10_stops_and_says_what_to_fetch(ddim, tmp_path,
     assert result.code == 2
     advice = (ddim_cifar.CIFAR10_URL, "c58f30108f718f92721af3b95e74349a", str(tmp_path / "none"), "--dataset synthetic")
     assert all(words in line for words in advice)
+
+
+def test_grey_values_are_scaled_by_mode_never_by_content_and_the_others_are_named(tmp_path, capsys):
+    for name, value in (("a.png", 256), ("b.png", 255), ("c.png", 65535)):
+        Image.fromarray(np.full((32, 32), value, np.uint16)).save(tmp_path / name)
+    Image.fromarray(np.full((32, 32), 0.5, np.float32)).save(tmp_path / "d.tif")
+    Image.fromarray(np.full((32, 32), 70.0, np.float32)).save(tmp_path / "e.tif")
+    Image.fromarray(np.full((32, 32), 200, np.int32)).save(tmp_path / "f.tif")
+    images, _ = ddim_cifar.load_images("folder", tmp_path)
+    assert images[:, 0, 0, 0].tolist() == [1, 1, 255, 128]
+    warnings = capsys.readouterr().err.splitlines()
+    assert len(warnings) == 2 and all(any(name in line for line in warnings) for name in ("e.tif", "f.tif"))
+
+
+def test_linked_folders_are_followed_but_not_in_circles(tmp_path):
+    (tmp_path / "images").mkdir()
+    (tmp_path / "elsewhere").mkdir()
+    picture().save(tmp_path / "images" / "a.png")
+    picture().save(tmp_path / "elsewhere" / "b.png")
+    (tmp_path / "images" / "linked").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "circle").symlink_to(tmp_path / "images")
+    assert len(ddim_cifar.load_images("folder", tmp_path / "images")[0]) == 2

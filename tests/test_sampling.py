@@ -153,12 +153,12 @@ def test_a_stopped_folder_export_goes_on_and_its_grid_shows_all(export, tmp_path
     kept = tmp_path / "folder" / "00001.png"
     for name in ("00003.png", "00004.png"):
         (tmp_path / "folder" / name).unlink()
-    (tmp_path / "folder" / "unfinished.tmp").touch()
+    (tmp_path / "folder" / "unfinished.elsewhere-1.tmp").touch()
     before = kept.stat().st_mtime_ns
     again = export("folder", "--num-samples", "5")
     assert largest(whole, again) <= 1 and kept.stat().st_mtime_ns == before
     assert largest(grid, Image.open(tmp_path / "ddim_samples.png")) <= 1
-    assert len(export("folder", "--num-samples", "7")) == 7 and not (tmp_path / "folder" / "unfinished.tmp").exists()
+    assert len(export("folder", "--num-samples", "7")) == 7 and not list((tmp_path / "folder").glob("*.tmp"))
 
 
 def test_a_folder_takes_images_of_one_origin_only(ddim, export, checkpoint, tmp_path, load):
@@ -185,7 +185,7 @@ def test_a_folder_with_pictures_of_somebody_else_is_refused(ddim, checkpoint, tm
     Image.new("RGB", (32, 32)).save(picture)
     before = picture.read_bytes()
     result = ddim("--sample", checkpoint, *FAST, "--export", tmp_path / "folder", flags=[])
-    assert result.code == 2 and "it holds other files" in result.err and picture.read_bytes() == before
+    assert result.code == 2 and "it holds 00000.png" in result.err and picture.read_bytes() == before
 
 
 def test_a_disk_that_is_full_at_the_last_image_is_an_error(ddim, checkpoint, tmp_path, monkeypatch):
@@ -390,3 +390,48 @@ def test_a_loaded_model_returns_eps(checkpoints, published):
 def test_published_weights_are_for_sampling_only(ddim, published, tmp_path):
     result = ddim("--resume", published[0], flags=[])
     assert result.code == 2 and "--sample" in result.err
+
+
+def test_samples_that_are_not_finite_end_the_command_and_nothing_is_exported(ddim, checkpoint, load, tmp_path):
+    broken = load(checkpoint)
+    broken["ema"]["conv_out.bias"][:] = 3e38
+    torch.save(broken, tmp_path / "broken.pth")
+    for name in ("x.npz", "folder"):
+        flags = ("--sample", tmp_path / "broken.pth", *FAST, "--num-samples", "3", "--export", tmp_path / name)
+        result = ddim(*flags, flags=[])
+        (line,) = result.err.splitlines()
+        assert result.code == 1 and "3 of 3 images are not finite: numbers 0 1 2" in line
+    assert not (tmp_path / "x.npz").exists() and not list((tmp_path / "folder").glob("*.png"))
+
+
+def test_what_systems_leave_in_a_folder_is_no_reason_to_refuse_it_and_a_reason_is_named(ddim, checkpoint, tmp_path):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / ".ipynb_checkpoints").mkdir()
+    for name in (".DS_Store", "Thumbs.db"):
+        (folder / name).touch()
+    flags = ("--sample", checkpoint, *FAST, "--num-samples", "2", "--export", folder)
+    assert ddim(*flags, flags=[]).code == 0 and len(list(folder.glob("*.png"))) == 2
+    (folder / "notes.txt").touch()
+    result = ddim(*flags, flags=[])
+    assert result.code == 2 and "it holds notes.txt" in result.err
+
+
+@pytest.mark.parametrize("name", ["x.npy", "x.NPZ", "x.zip"])
+def test_an_export_that_is_neither_an_archive_nor_a_folder_is_explained(ddim, checkpoint, tmp_path, name):
+    result = ddim("--sample", checkpoint, "--export", tmp_path / name, flags=[])
+    assert result.code == 2 and ".npz" in result.err and "folder" in result.err and not (tmp_path / name).exists()
+
+
+def test_an_export_folder_that_cannot_be_used_is_refused_before_training(ddim, tmp_path):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "notes.txt").touch()
+    result = ddim("--export", tmp_path / "folder", out_dir=tmp_path / "out")
+    assert result.code == 2 and "notes.txt" in result.err and not (tmp_path / "out" / "ddim_model_final.pth").exists()
+
+
+def test_the_folder_of_exported_weights_can_be_sampled_from(ddim, checkpoint, tmp_path):
+    flags = (*FAST, "--num-samples", "2", "--export")
+    ddim("--sample", checkpoint, "--export-weights", tmp_path / "weights", *flags, tmp_path / "a.npz", flags=[])
+    assert ddim("--sample", tmp_path / "weights", *flags, tmp_path / "b.npz", flags=[]).code == 0
+    assert np.array_equal(np.load(tmp_path / "a.npz")["arr_0"], np.load(tmp_path / "b.npz")["arr_0"])

@@ -112,7 +112,7 @@ def test_help_fits_two_screens_and_shows_every_flag_with_its_default(ddim):
     for setting in fields(Config):
         flag = f" --{setting.name.replace('_', '-')} "
         assert text.count(flag) >= 1, flag
-    for default in ("[32]", "[2e-3 with muon, 2e-4 with adam]", "[quadratic]", "[1 2 2 2]", "[cifar10]", "S [50]"):
+    for default in ("[32]", "[0.0025 with muon, 0.0002 with adam]", "[quadratic]", "[1 2 2 2]", "[cifar10]", "S [50]"):
         assert default in text
 
 
@@ -125,8 +125,8 @@ def test_without_flags_the_defaults_are_those_of_config():
 @pytest.mark.parametrize(
     "flags, lr",
     [
-        ("", 2e-3),
-        ("--optimizer muon", 2e-3),
+        ("", 2.5e-3),
+        ("--optimizer muon", 2.5e-3),
         ("--optimizer adam", 2e-4),
         ("--optimizer adam --lr 0.01", 0.01),
         ("--lr 0.01", 0.01),
@@ -294,7 +294,7 @@ CONTRADICTIONS = [
     ("--channels", "32", "64"),
     ("--channel-mults", "1 2", "1 4"),
     ("--attn-resolutions", "16", "16 32"),
-    ("--dropout", "0.1", "0.2"),
+    ("--dropout", "0.0", "0.2"),
     ("--timesteps", "1000", "500"),
     ("--beta-end", "0.02", "0.01"),
     ("--predict", "v", "eps"),

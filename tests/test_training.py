@@ -149,7 +149,8 @@ def test_the_loss_of_the_best_network_for_gaussian_images_is_the_closed_form():
     losses, alphas = {}, NoiseSchedule().alphas_cumprod
     for predict in ("v", "eps"):
         trainer = trainer_of(Gaussian(predict), batch_size=1000, predict=predict)  # a batch has every t once
-        losses[predict] = trainer.loss(trainer.model.images(1000), 0).item()
+        noisy = trainer.noisy_images(trainer.model.images(1000), 0)
+        losses[predict] = trainer.loss(*noisy).mean().item()
     assert losses["v"] == pytest.approx(losses["eps"], rel=1e-5)
     assert losses["v"] == pytest.approx(Gaussian.least_loss(Gaussian, alphas), rel=5e-3)
 
@@ -382,7 +383,7 @@ def test_dropout_follows_the_step_and_differs_between_processes(monkeypatch):
 
     def left(rank, n):
         monkeypatch.setattr(ddim_cifar.world, "rank", rank)
-        trainer.loss(images, n)
+        trainer.backward(images, n)
         return trainer.model.left
 
     first = left(0, 5)
@@ -411,13 +412,10 @@ def test_two_processes_train_and_sample_as_one(ddim, tmp_path, read_log, load):
     assert resumed.code == 0 and "4 done, 4 to go" in resumed.out
 
 
-def test_a_batch_that_does_not_divide_is_refused(ddim, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "3")
-    result = ddim("--batch-size", "4")
-    monkeypatch.undo()
-    ddim_cifar.world.read_environment()
-    (*_, line) = result.err.splitlines()
-    assert result.code == 2 and "--batch-size 4 does not divide among 3 processes" in line and "try 6" in line
+def test_a_batch_that_does_not_divide_is_refused(monkeypatch):
+    monkeypatch.setattr(ddim_cifar.world, "size", 3)
+    with pytest.raises(ddim_cifar.UsageError, match="--batch-size 4 does not divide among 3 processes; try 6"):
+        ddim_cifar.parse_args(["--batch-size", "4"])
 
 
 def test_the_death_of_one_process_ends_the_others(ddim, tmp_path, wait_until):
@@ -428,3 +426,28 @@ def test_the_death_of_one_process_ends_the_others(ddim, tmp_path, wait_until):
     os.kill(int(children[-1]), 9)
     process.communicate(timeout=60)
     assert process.returncode != 0 and not any(os.path.exists(f"/proc/{child}") for child in children)
+
+
+def test_a_step_in_parts_is_the_step_of_the_whole_batch(ddim, tmp_path, load, read_log):
+    flags = ("--dropout", "0", "--iterations", "4", "--batch-size", "8", "--num-samples", "1")
+    ddim(*flags, out_dir=tmp_path / "whole")
+    ddim(*flags, "--micro-batch", "3", out_dir=tmp_path / "parts")
+    for whole, parts in zip(read_log(tmp_path / "whole"), read_log(tmp_path / "parts")):
+        assert float(parts["loss"]) == pytest.approx(float(whole["loss"]), rel=1e-5)
+        assert float(parts["grad_norm"]) == pytest.approx(float(whole["grad_norm"]), rel=1e-4)
+    whole, parts = (load(tmp_path / name / "ddim_model_final.pth")["model"] for name in ("whole", "parts"))
+    assert all((whole[name] - parts[name]).abs().mean() < 1e-4 for name in whole)
+
+
+def test_micro_batches_may_change_on_resume_and_bound_what_the_network_sees(ddim, tmp_path, monkeypatch):
+    ddim("--num-samples", "1")
+    forward, seen = ddim_cifar.UNet.forward, []
+
+    def watched(self, x, t):
+        if self.training:
+            seen.append(len(x))
+        return forward(self, x, t)
+
+    monkeypatch.setattr(ddim_cifar.UNet, "forward", watched)
+    assert ddim("--resume", "auto", "--epochs", "2", "--micro-batch", "3", flags=[]).code == 0
+    assert seen == [3, 1]
