@@ -373,3 +373,19 @@ def test_the_readme_names_no_flag_that_does_not_exist(readme):
     named = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", readme))
     known = {option for action in make_parser()._actions for option in action.option_strings}
     assert named - known - OF_OTHER_PROGRAMS == set()
+
+
+@pytest.mark.parametrize(
+    "has, precision, unit",
+    [({}, "fp32", None), ({"amx_bf16": True}, "bf16", "amx_bf16"), ({"avx512_bf16": True}, "bf16", "avx512_bf16")],
+)
+def test_bf16_is_chosen_where_the_processor_is_fast_at_it_and_a_resumed_run_keeps_its_own(
+    monkeypatch, capsys, has, precision, unit
+):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: has, raising=False)
+    config = Config(device="cpu")
+    runtime = ddim_cifar.start(config, None)
+    assert (runtime.precision, config.precision, runtime.unit) == (precision, precision, unit)
+    other = {"bf16": "fp32", "fp32": "bf16"}[precision]
+    runtime = ddim_cifar.start(Config(device="cpu", precision=other, resume="x.pth"), None)
+    assert runtime.precision == other and f"--precision {precision} would be faster here" in capsys.readouterr().out
