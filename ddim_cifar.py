@@ -58,7 +58,9 @@ HELD_OUT = 256  # images of the held-out loss
 CIFAR10_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"
 
 # ---- Settings --------------------------------------------------------------------------------------------------------
-# Every field of Config is a flag: epochs is --epochs. The groups are the headings of --help.
+# Every field of Config is a flag: epochs is --epochs. The groups are the headings of --help, and what --resume and
+# --sample take over from a checkpoint. A new setting that changes samples is named in prepare_folder, too; one that a
+# resumed run must not change, in FIXED_ON_RESUME (network and schedule are fixed as they are).
 
 TRAINING = "training"
 DATA = "data"
@@ -75,8 +77,7 @@ RECIPES = {  # other defaults for a new run; a flag typed beside --recipe wins
     "default": {},
     "paper": {
         "predict": "eps",
-        "optimizer": "adam",
-        "lr": 2e-4,
+        "optimizer": "adam",  # and so the learning rate
         "warmup": 5000,
         "batch_size": 128,
         "dropout": 0.1,
@@ -125,7 +126,7 @@ class Config:
     num_samples: int = flag(SAMPLING, 16, "images to draw", least=1)
     sample_steps: tuple = flag(SAMPLING, (), "S [50]; the last of several", least=1, nargs="+", metavar="S")
     tau: str = flag(SAMPLING, "quadratic", "which S of the T timesteps", choices=TAUS)
-    order: int = flag(SAMPLING, 1, "2: second-order steps at the same cost, no longer plain DDIM", choices=(1, 2))
+    order: int = flag(SAMPLING, 1, "2: Adams-Bashforth steps at the same cost, no longer plain DDIM", choices=(1, 2))
     eta: float = flag(SAMPLING, 0.0, "0: DDIM, deterministic; 1: DDPM", least=0, most=1)
     clip_x0: bool = flag(SAMPLING, False, "clamp each predicted x_0 to [-1, 1]")
     no_ema: bool = flag(SAMPLING, False, "sample with the weights themselves, not their average")
@@ -213,10 +214,9 @@ class NoiseSchedule:
 
     @functools.lru_cache(maxsize=4)  # noqa: B019 (a schedule lives as long as its program)
     def tables(self, device, dtype):
-        alphas = self.alphas_cumprod
-        return [
-            scale.sqrt().to(dtype).to(device) for scale in (alphas, 1 - alphas)
-        ]  # in this order: MPS has no float64
+        # Convert, then move: MPS has no float64.
+        squares = (self.alphas_cumprod, 1 - self.alphas_cumprod)
+        return [square.sqrt().to(dtype).to(device) for square in squares]
 
     def add_noise(self, x_0, eps, t):
         """x_t = sqrt(alpha_t) x_0 + sqrt(1 - alpha_t) eps (Eq. 4). x_0, eps: [N, ...]; t: int64 [N]."""
@@ -259,11 +259,12 @@ def ddim_timesteps(timesteps, steps, tau, schedule=None):
         wanted = i * timesteps // steps
     elif tau == "quadratic":
         last = max(1, steps - 1)
-        wanted = 4 * timesteps * i**2 // (5 * last**2) if steps > 1 else np.array([4 * timesteps // 5])
+        squares = i**2 if steps > 1 else np.array([1])  # a single step starts at 0.8 T, not at 0
+        wanted = 4 * timesteps * squares // (5 * last**2)
     elif tau == "karras":
         alphas = (schedule or NoiseSchedule(timesteps)).alphas_cumprod.numpy()
         warped = ((1 - alphas) / alphas) ** (1 / 14)
-        targets = np.linspace(warped[-1], warped[0], steps)[::-1]
+        targets = np.linspace(warped[-1], warped[0], steps)[::-1]  # from the noisy end: a single step starts there
         wanted = np.interp(targets, warped, np.arange(timesteps)).round().astype(int)
     else:
         raise ValueError(f"tau must be one of {', '.join(TAUS)}, not {tau!r}")
@@ -277,7 +278,7 @@ def ddim_timesteps(timesteps, steps, tau, schedule=None):
 def ddim_sample(model, x_T, schedule, tau, eta=0.0, *, order=1, clip_x0=False, noise=None, on_step=None):
     """Walk from x_T to x_0 along tau (Eq. 12). Deterministic for eta = 0; eta = 1 has the variance of DDPM (Eq. 16).
 
-    model: any callable (x [N, ...], t int64 [N]) -> eps [N, ...]. x_T: [N, ...], float32 or float64, kept by the state.
+    model: any callable (x [N, ...], t int64 [N]) -> eps [N, ...]. x_T: [N, ...], float32 or float64: the state's dtype.
     tau: ascending timesteps, as from ddim_timesteps. order: 2 is a second-order step at the same number of network
     evaluations, for eta = 0 only. clip_x0: clamp each predicted x_0 to [-1, 1] and derive eps again. noise(): standard
     normal [N, ...] for eta > 0; None: torch.randn_like. on_step(t, x_0): called at each step with the predicted x_0.
@@ -320,8 +321,8 @@ def ddim_sample(model, x_T, schedule, tau, eta=0.0, *, order=1, clip_x0=False, n
 def ddim_encode(model, x_0, schedule, tau):
     """Walk from x_0 to its code x_T: the ODE of ddim_sample, run the other way (Sec. 4.3, Eq. 14).
 
-    Arguments as for ddim_sample. eps is taken where a step starts. No network knows alpha = 1, so the first step asks
-    for tau[0]. Returns x_T like x_0.
+    Arguments as for ddim_sample. eps is taken where a step starts. No network was trained at alpha = 1, so the first
+    step asks for tau[0]. Returns x_T like x_0.
     """
     x_t = x_0
     for t, t_next in zip([-1, *tau[:-1]], tau):
@@ -342,7 +343,7 @@ def slerp(a, b, weight):
     cosine = (a.flatten(1) * b.flatten(1)).sum(1) / norms.clamp(min=torch.finfo(a.dtype).tiny)
     theta = cosine.clamp(-1, 1).acos().view_as(weight)
 
-    # Along the arc, or along the line where the arc is a line or not unique.
+    # Along the arc; along the straight line where a and b are parallel (no arc) or opposite (no unique arc).
     parallel = theta.sin() < 1e-6
     safe = torch.where(parallel, 1.0, theta.sin())
     weight_a = torch.where(parallel, 1 - weight, ((1 - weight) * theta).sin() / safe)
@@ -454,7 +455,7 @@ class UNet(nn.Module):
         sides = [image_size >> level for level in range(len(channel_mults))]
         if channels % 32 or min(channels, *channel_mults, res_blocks) < 1:
             raise ValueError(f"channels {channels}: must be a multiple of 32, channel_mults and res_blocks positive")
-        if image_size % (1 << len(sides) - 1):
+        if image_size % 2 ** (len(sides) - 1):
             raise ValueError(f"channel_mults {spell(channel_mults)}: image_size {image_size} cannot be halved so often")
         if not set(attn_resolutions) <= set(sides):
             raise ValueError(f"attn_resolutions {spell(attn_resolutions)}: this network has {spell(sides)}")
@@ -476,14 +477,15 @@ class UNet(nn.Module):
             self.down_blocks.append(Stage(inputs, width, c_time, dropout, [attends] * res_blocks, downsamplers=down))
             skips += [width] * (res_blocks + len(down))
 
-        self.mid_block = Stage([width, width], width, c_time, dropout, [True, False])
+        deepest = levels[-1][0]
+        self.mid_block = Stage([deepest, deepest], deepest, c_time, dropout, [True, False])
 
         # The way up. Each ResBlock takes a skip connection beside what comes from below.
         self.up_blocks = nn.ModuleList()
-        below = width
-        for level, (width, attends) in reversed(list(enumerate(levels))):
+        below = deepest
+        for level, (width, attends) in reversed(list(enumerate(levels, 1))):
             inputs = [c_in + skips.pop() for c_in in [below] + [width] * res_blocks]
-            up = [Upsample(width)] if level else []
+            up = [Upsample(width)] if level > 1 else []
             self.up_blocks.append(Stage(inputs, width, c_time, dropout, [attends] * (res_blocks + 1), upsamplers=up))
             below = width
 
@@ -531,7 +533,7 @@ class UNet(nn.Module):
 # Images are uint8 [N, 3, 32, 32] at rest. Every draw is a function of (seed, purpose, position): no state to save.
 
 ORDER, STEP, DROPOUT, VALIDATION, NOISE, ETA_NOISE, WEIGHTS = range(7)  # purposes
-rng = np.random.default_rng  # of a tuple: seed, purpose, position
+rng = np.random.default_rng  # called with a tuple (seed, purpose, position); by draw_shapes, with a seed alone
 
 
 def torch_seed(*key):
@@ -659,7 +661,7 @@ class Trainer:
         return x_t.contiguous(memory_format=torch.channels_last), t, eps
 
     def loss(self, x_t, t, eps):
-        """Eq. 5 with gamma = 1, for each image: [N]. A weight for each t would multiply here."""
+        """Eq. 5 with gamma = 1, for each image: [N]. A weight for each t, in terms of eps, would multiply here."""
         with self.runtime.autocast():
             predicted = self.predictor(x_t, t)
         return (predicted - eps).square().mean((1, 2, 3))
@@ -823,8 +825,11 @@ class Sampler:
         if x_T is None:
             x_T = self.noise(indices)
         generators = [rng((config.seed, ETA_NOISE, i)) for i in indices]
-        options = {"order": config.order, "clip_x0": config.clip_x0, "on_step": on_step}
-        options["noise"] = lambda: self.normal(generators)
+
+        def step_noise():
+            return self.normal(generators)
+
+        options = {"order": config.order, "clip_x0": config.clip_x0, "noise": step_noise, "on_step": on_step}
         x_0 = ddim_sample(self.eps, x_T, self.schedule, self.tau(steps), config.eta, **options)
         finite = x_0.isfinite().all((1, 2, 3)).tolist()
         if not all(finite):
@@ -833,7 +838,10 @@ class Sampler:
 
 
 def save_samples(sampler, path, count, export=None):
-    """The grid of the first 256; and all: an .npz, complete or absent, or a folder of PNGs, which can be continued."""
+    """Draw images 0 .. count-1. The first 256 go into a grid at `path`; with `export`, all are written, too.
+
+    An .npz is complete or absent; a folder of PNGs can be continued. Without `export`, no more than 256 are drawn.
+    """
     steps = sampler.config.steps
     folder = sampler.config.export_folder if export else None
     archive = Path(export).resolve() if export and not folder else None
@@ -1070,11 +1078,11 @@ def open_cifar10(data_dir):
     """torchvision's training and test splits, downloaded if they are not in data_dir, md5-checked either way."""
     from torchvision.datasets import CIFAR10, utils  # takes a second that other data sets need not wait for
 
-    # It is there. A RuntimeError is torchvision's word for "not there, or not whole".
+    # Already there? torchvision raises a RuntimeError for "not there, or not whole".
     with contextlib.suppress(RuntimeError):
         return [CIFAR10(data_dir, train) for train in (True, False)]
 
-    # A file of it is damaged. Looking before the download keeps what the user put there.
+    # Is one of its files damaged? Looking before the download keeps what the user put there.
     archive = Path(data_dir, CIFAR10.filename)
     known = {archive: CIFAR10.tgz_md5}
     for name, md5 in [*CIFAR10.train_list, *CIFAR10.test_list, (CIFAR10.meta["filename"], CIFAR10.meta["md5"])]:
@@ -1092,7 +1100,7 @@ def open_cifar10(data_dir):
     try:
         with quiet:
             return [CIFAR10(data_dir, train, download=train) for train in (True, False)]
-    except Exception as error:  # no network, a silent server, an archive cut short, no permission: each has its own
+    except Exception as error:  # no network, a silent server, an archive cut short, no permission: each raises its own
         raise Offline(
             f"CIFAR-10 is not in {Path(data_dir).resolve()} and could not be downloaded "
             f"({getattr(error, 'reason', error)}). Fetch {CIFAR10_URL} (md5 {CIFAR10.tgz_md5}) into that folder, "
@@ -1105,7 +1113,7 @@ def open_cifar10(data_dir):
 
 
 def read_folder(folder):
-    """Every readable image below the folder, in order of names, as uint8 [N, 3, 32, 32]. The others are named."""
+    """Every readable image below the folder, in order of names, as uint8 [N, 3, 32, 32]. The others are reported."""
     if not folder.is_dir():
         raise UserError(f"--data-dir {folder}: no such folder")
 
@@ -1172,7 +1180,7 @@ def to_eight_bits(image):
 
 @functools.lru_cache(maxsize=2)
 def draw_shapes(count, seed):
-    """Discs, squares and diamonds of any colour on shaded grounds: easy to learn, easy to judge."""
+    """Discs, squares and diamonds of any colour on shaded backgrounds: easy to learn, easy to judge."""
     draw = rng(seed)
     kind = torch.from_numpy(draw.integers(3, size=(count, 1, 1)))
 
@@ -1258,9 +1266,9 @@ def prepare_folder(folder, sampler, count):
     """
     config = sampler.config
     origin = {"weights_crc32": 0, "precision": sampler.runtime.precision, "seed": config.seed, "steps": config.steps}
-    origin |= config.of(SCHEDULE) | {
-        name: getattr(config, name) for name in ("predict", "tau", "order", "eta", "clip_x0")
-    }
+    origin |= config.of(SCHEDULE)
+    for name in ("predict", "tau", "order", "eta", "clip_x0"):  # a new setting that changes samples belongs here
+        origin[name] = getattr(config, name)
     for value in sampler.model.state_dict().values():
         origin["weights_crc32"] = zlib.crc32(value.cpu().numpy().tobytes(), origin["weights_crc32"])
 
@@ -1279,7 +1287,7 @@ def prepare_folder(folder, sampler, count):
 
 
 def visible_files(folder):
-    """The names in a folder, in order, but for what systems leave there: hidden files, thumbnails, unfinished files."""
+    """The names in a folder, sorted, without what systems leave there: hidden files, thumbnails, unfinished files."""
     if not folder.is_dir():
         return []
     names = sorted(entry.name for entry in folder.iterdir())
@@ -1287,12 +1295,12 @@ def visible_files(folder):
 
 
 class Log:
-    """ddim_log.csv, a row per step. Steps are added as they are taken, and fetched and written some at a time."""
+    """ddim_log.csv, a row per step. Steps are added as they are taken, and fetched and written several at a time."""
 
     columns = ("step", "epoch", "loss", "val_loss", "lr", "grad_norm", "images_per_s", "seconds")
 
     def __init__(self, config, step):
-        """Open for more rows. Those behind `step`, where a run resumes, are dropped."""
+        """Open the file to append to it. Rows after `step`, where a run resumes, are dropped."""
         path = config.folder / "ddim_log.csv"
         rows = self.read(path, step) if step and world.rank == 0 else []
         write_atomically(path, "".join(",".join(row) + "\n" for row in [self.columns, *rows]))
@@ -1310,8 +1318,9 @@ class Log:
         """The rows up to this step. A row that was cut short, even inside its last field, is dropped."""
         if not path.is_file():
             return []
-        rows = [line.split(",") for line in path.read_text(errors="replace").splitlines()]
-        whole = [row for row in rows if len(row) == len(self.columns) and row[0].isdigit() and row[-1][-1:].isdigit()]
+        lines = path.read_text(errors="replace").splitlines(keepends=True)
+        rows = [line[:-1].split(",") for line in lines if line.endswith("\n")]
+        whole = [row for row in rows if len(row) == len(self.columns) and row[0].isdigit()]
         return [row for row in whole if int(row[0]) <= step]
 
     def restart_clock(self):
@@ -1379,6 +1388,7 @@ def mean_finite(losses):
 # ---- Checkpoints -----------------------------------------------------------------------------------------------------
 
 FORMAT = 2
+PREDICTION_TYPES = {"v": "v_prediction", "eps": "epsilon"}  # diffusers' names
 
 
 def save_checkpoint(path, trainer):
@@ -1481,8 +1491,11 @@ def read_scheduler(path):
     if path.parent.name != "unet" or not file.is_file():
         return {}
     scheduler = json.loads(file.read_text())
+    betas, prediction = scheduler.get("beta_schedule", "linear"), scheduler.get("prediction_type", "epsilon")
+    if betas != "linear" or prediction not in PREDICTION_TYPES.values():
+        raise UserError(f"its scheduler has beta_schedule {betas}, prediction_type {prediction}: not known here")
     return {
-        "predict": {"v_prediction": "v", "epsilon": "eps"}[scheduler.get("prediction_type", "epsilon")],
+        "predict": next(ours for ours, theirs in PREDICTION_TYPES.items() if theirs == prediction),
         "timesteps": scheduler["num_train_timesteps"],
         "beta_start": scheduler["beta_start"],
         "beta_end": scheduler["beta_end"],
@@ -1537,12 +1550,10 @@ def laid_out_as(parameter, moments):
     """A parameter's moments, in memory as the parameter is, which the fused kernels trust them to be."""
     moved = {}
     for name, value in moments.items():
-        like = (
-            torch.empty_like(parameter)
-            if value.shape == parameter.shape
-            else torch.empty_like(value, device=parameter.device)
-        )
-        moved[name] = like.copy_(value)
+        if value.shape == parameter.shape:
+            moved[name] = torch.empty_like(parameter).copy_(value)
+        else:  # Adam's step count
+            moved[name] = torch.empty_like(value, device=parameter.device).copy_(value)
     return moved
 
 
@@ -1572,7 +1583,7 @@ def furthest_checkpoint(folder):
 
 
 def protect_earlier_run(config, step):
-    """A fresh run (step None) overwrites no longer or interrupted run; a resumed one, no longer or other run."""
+    """UserError if a new run (step None) would overwrite a longer or an unfinished one; or a resumed run, another."""
     runs = [found for path in config.folder.glob("ddim_model_*.pth") if (found := peek(path))]
     if not runs:
         return
@@ -1591,7 +1602,7 @@ def protect_earlier_run(config, step):
             "choose another folder"
         )
     same = {"predict": "eps", "optimizer": "adam", **saved}  # of format 1
-    for name in {*names_of(UNET, SCHEDULE), *FIXED_ON_RESUME} & same.keys():
+    for name in sorted({*names_of(UNET, SCHEDULE), *FIXED_ON_RESUME} & same.keys()):
         theirs = tuple(same[name]) if isinstance(same[name], list) else same[name]
         if theirs != getattr(config, name):
             other = f"another run ({spell_flag(name)} {spell(theirs)})"
@@ -1660,7 +1671,7 @@ def own_folders(config, stack):
     export = config.export_folder
     try:
         stack.enter_context(Owner(config.folder, "--out-dir"))
-        if export and export.resolve() != config.folder:
+        if export and export != config.folder:
             stack.enter_context(Owner(export, "--export"))
     except OSError as error:
         flags = "--out-dir, --export"
@@ -1713,7 +1724,7 @@ def diffusers_configs(config):
     }
     scheduler = {
         "_class_name": "DDIMScheduler",
-        "prediction_type": {"v": "v_prediction", "eps": "epsilon"}[config.predict],
+        "prediction_type": PREDICTION_TYPES[config.predict],
         "num_train_timesteps": config.timesteps,
         "beta_start": config.beta_start,
         "beta_end": config.beta_end,
@@ -1860,7 +1871,7 @@ class Offline(UserError):
 
 
 class Diverged(UserError):
-    """Training has no finite loss or gradient any more."""
+    """Loss or gradient stayed non-finite."""
 
     code = 1
 
@@ -1876,13 +1887,11 @@ class NotFinite(UserError):
 
     def __init__(self, indices, count):
         which = spell(indices[:5]) + (" ..." if len(indices) > 5 else "")
-        super().__init__(
-            f"{len(indices)} of {count} images are not finite: numbers {which}; nothing of them is written"
-        )
+        super().__init__(f"{len(indices)} of {count} images are not finite: numbers {which}; none of them is written")
 
 
 class Stopped(BaseException):
-    """A signal asked for the end. Its argument is the number of the signal."""
+    """A signal asked the run to end. Its argument is the number of the signal."""
 
 
 class SafeStream:
@@ -1920,7 +1929,7 @@ class SafeStream:
 
 
 @contextlib.contextmanager
-def visitor():
+def global_state_restored():
     """What the program changes in Python and torch is put back at the end: main can be called from other programs."""
     streams, threads, benchmark = (sys.stdout, sys.stderr), torch.get_num_threads(), torch.backends.cudnn.benchmark
     sys.stdout, sys.stderr = SafeStream(sys.stdout), SafeStream(sys.stderr)
@@ -1992,7 +2001,7 @@ def out_of_memory(error):
 
 
 class Signals:
-    """Ctrl-C, SIGTERM, a closed terminal raise Stopped, at once or when no longer postponed. A second Ctrl-C quits."""
+    """Ctrl-C, SIGTERM and a closed terminal raise Stopped, at once or when not postponed. A second Ctrl-C quits."""
 
     def __init__(self):
         self.received = 0
@@ -2055,7 +2064,7 @@ class Runtime:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
 
     def compiled(self, network, evaluations):
-        """The network compiled, if asked for, or if so many evaluations of a batch earn back the minute it takes."""
+        """The network compiled, if asked for, or if that many evaluations of a batch make up for the time it takes."""
         if evaluations == 0 or self.compile == "off":
             return network
         if self.compile == "auto":
@@ -2079,7 +2088,7 @@ def start(config, signals):
     if config.precision == "auto":
         config.precision = fastest  # the checkpoint's, too: a resumed run computes as before on another machine
     elif config.resume and config.precision != fastest:
-        say(f"precision {config.precision}, as in the checkpoint; --precision {fastest} would be faster here")
+        say(f"precision {config.precision}, as before or as asked for; --precision {fastest} would be faster here")
     return Runtime(device, config.precision, config.compile, signals, unit=unit)
 
 
@@ -2237,12 +2246,15 @@ def inherit(checkpoint, path, typed, resume):
         taken = {*names_of(TRAINING, DATA, UNET, SCHEDULE, SAMPLING, RUNTIME)} - {"device"}
     inherited = {name: config[name] for name in taken & config.keys()}
 
-    for name in fixed & typed.keys() & inherited.keys():
+    for name in sorted(fixed & typed.keys() & inherited.keys()):
         if typed[name] != inherited[name]:
             mine, its = spell(typed[name]), spell(inherited[name])
             raise UsageError(f"{spell_flag(name)} {mine} contradicts {its}, which {path} was trained with")
+    judged = (
+        inherited if resume else {**inherited, "sample": str(path), "sample_steps": (1,)}
+    )  # --sample brings its own
     try:
-        check(Config(**inherited))
+        check(Config(**judged))
     except UsageError as error:
         raise UserError(f"checkpoint {path}: its config does not fit: {error}") from error
     return inherited
@@ -2287,7 +2299,8 @@ def check(config):
     # Processes.
     if config.batch_size % world.size and not config.sample:
         better = math.ceil(config.batch_size / world.size) * world.size
-        raise UsageError(f"--batch-size {config.batch_size} does not divide among {world.size} processes; try {better}")
+        hint = "" if config.resume else f"; try {better}"
+        raise UsageError(f"--batch-size {config.batch_size} does not divide among {world.size} processes{hint}")
 
 
 def check_value(setting, value):
@@ -2295,7 +2308,7 @@ def check_value(setting, value):
     name, limits = spell_flag(setting.name), setting.metadata
     if value is None or value == setting.default:
         return
-    kind = (int, float) if setting.type is float else int if setting.type is tuple else setting.type
+    kind = {float: (int, float), tuple: int}.get(setting.type, setting.type)
     for item in value if setting.type is tuple else [value]:
         if not isinstance(item, kind):
             raise UsageError(f"{name} {item}: must be of type {setting.type.__name__}")
@@ -2343,7 +2356,8 @@ def execute(config, checkpoint, runtime):
             step = checkpoint["step"] if checkpoint else None
             protect_earlier_run(config, step)
             there = visible_files(config.export_folder) if config.export_folder else []
-            if there and (step is None or step < config.total):
+            will_train = step is None or step < config.total
+            if there and will_train:
                 raise UserError(
                     f"--export {config.export}: it holds {there[0]}, of other weights; choose another folder"
                 )
@@ -2405,8 +2419,8 @@ def execute_training(config, checkpoint, runtime, model, schedule, images, held_
 def next_command(config, runtime):
     """What to try next."""
     script = f"python {shlex.quote(sys.argv[0])}"
-    if config.export and not config.export.endswith(".npz"):
-        return f"fidelity --fid --isc --input1 {shlex.quote(config.export)} --input2 cifar10-train  (of torch-fidelity)"
+    if config.export_folder and config.dataset == "cifar10":  # with torch-fidelity
+        return f"fidelity --fid --isc --input1 {shlex.quote(config.export)} --input2 cifar10-train"
     if config.sample:
         experiments = "--trajectory --interpolate --reconstruct --consistency"
         return f"{script} --sample {shlex.quote(config.sample)} {experiments}"
@@ -2421,8 +2435,10 @@ def resume_command(argv, saved):
         follows = i > 0 and argv[i - 1] == "--resume"
         if not follows and word.split("=")[0] != "--resume":
             kept.append(word)
-    start = ["torchrun", "--standalone", f"--nproc_per_node={world.local_size}"] if world.size > 1 else ["python"]
-    return shlex.join([*start, sys.argv[0], *kept, "--resume", str(saved)])
+    launcher = ["python"]
+    if world.size > 1:
+        launcher = ["torchrun", "--standalone", f"--nproc_per_node={world.local_size}"]
+    return shlex.join([*launcher, sys.argv[0], *kept, "--resume", str(saved)])
 
 
 def main(argv=None):
@@ -2430,7 +2446,7 @@ def main(argv=None):
 
     It may be called from another program, in any thread, any number of times.
     """
-    with visitor():
+    with global_state_restored():
         code, complaint, everywhere = run(argv)
         if complaint and (everywhere or world.rank == 0):
             print(complaint, file=sys.stderr)

@@ -148,7 +148,6 @@ def test_the_recipe_of_the_paper_is_that_of_ddpm():
     "flags, name, value",
     [
         ("--predict v", "predict", "v"),
-        ("--optimizer muon", "optimizer", "muon"),
         ("--lr 1e-3", "lr", 1e-3),
         ("--warmup 0", "warmup", 0),
         ("--batch-size 64", "batch_size", 64),
@@ -161,6 +160,11 @@ def test_a_flag_typed_beside_the_recipe_wins(flags, name, value, before):
     config = settings(*flags.split(), *recipe) if before else settings(*recipe, *flags.split())
     wanted = {**PAPER, name: value}
     assert {name: getattr(config, name) for name in wanted} == wanted
+
+
+def test_another_optimizer_beside_the_recipe_brings_its_own_rate():
+    config = settings("--recipe", "paper", "--optimizer", "muon")
+    assert (config.optimizer, config.lr, config.warmup) == ("muon", 2.5e-3, PAPER["warmup"])
 
 
 def test_of_several_step_counts_the_last_draws_and_all_are_compared():
@@ -389,3 +393,21 @@ def test_bf16_is_chosen_where_the_processor_is_fast_at_it_and_a_resumed_run_keep
     other = {"bf16": "fp32", "fp32": "bf16"}[precision]
     runtime = ddim_cifar.start(Config(device="cpu", precision=other, resume="x.pth"), None)
     assert runtime.precision == other and f"--precision {precision} would be faster here" in capsys.readouterr().out
+
+
+def test_sampling_has_its_own_steps_and_needs_no_batch_that_divides(checkpoint, load, tmp_path, monkeypatch):
+    whole = load(checkpoint)
+    torch.save({**whole, "config": {**whole["config"], "timesteps": 20}}, tmp_path / "short.pth")
+    assert settings("--sample", tmp_path / "short.pth", "--sample-steps", "10").steps == 10
+    with pytest.raises(UsageError, match=r"--sample-steps 50: must be in 1..20"):
+        settings("--sample", tmp_path / "short.pth")
+    monkeypatch.setattr(ddim_cifar.world, "size", 3)
+    assert settings("--sample", checkpoint).batch_size == 32
+
+
+def test_a_schedule_that_is_not_linear_is_refused_not_misread(ddim, checkpoint, tmp_path):
+    ddim("--sample", checkpoint, "--num-samples", "1", "--export-weights", tmp_path / "w", flags=CPU)
+    file = tmp_path / "w" / "scheduler" / "scheduler_config.json"
+    file.write_text(file.read_text().replace('"linear"', '"squaredcos_cap_v2"'))
+    result = ddim("--sample", tmp_path / "w", flags=CPU)
+    assert result.code == 2 and "beta_schedule squaredcos_cap_v2" in result.err and len(result.err.splitlines()) == 1
