@@ -481,3 +481,14 @@ def test_other_training_images_than_before_are_reported_on_resume(ddim, tmp_path
     Image.new("RGB", (32, 32), "blue").save(folder / "3.png")
     result = ddim("--resume", "auto", "--epochs", "3", flags=[])
     assert result.code == 0 and result.err.count("images are not those") == 1
+
+
+def test_a_finished_run_goes_on_with_an_export_that_was_stopped(ddim, tmp_path):
+    folder = tmp_path / "folder"
+    assert ddim("--num-samples", "3", "--export", folder).code == 0
+    kept, lost = folder / "00000.png", folder / "00002.png"
+    before, content = kept.stat().st_mtime_ns, lost.read_bytes()
+    lost.unlink()
+    result = ddim("--resume", "auto", "--export", folder, flags=CPU)
+    assert result.code == 0 and "1 done, 0 to go" in result.out, result.err
+    assert lost.read_bytes() == content and kept.stat().st_mtime_ns == before

@@ -438,6 +438,16 @@ def test_of_two_exports_into_a_folder_one_is_refused_and_every_image_has_its_own
     assert np.abs(np.stack(drawn) - np.load(tmp_path / "alone.npz")["arr_0"]).max() <= 1
 
 
+def test_a_folder_that_this_process_writes_already_is_refused(ddim, checkpoint, tmp_path):
+    flags = ["--sample", checkpoint, "--sample-steps", "2", *ONE, "--export", tmp_path / "folder"]
+    for folder, flag in ((tmp_path, "--out-dir"), (tmp_path / "folder", "--export")):
+        with ddim_cifar.Owner(folder, "of the test"):
+            result = ddim(*flags, flags=CPU)
+        (line,) = result.err.splitlines()
+        assert result.code == 2 and f"{flag} {folder} is being written by this process" in line
+    assert ddim(*flags, flags=CPU).code == 0
+
+
 def test_what_a_killed_owner_left_is_cleaned_up(ddim, tmp_path, wait_until):
     killed = ddim.start(*ddim.tiny, "--epochs", "100000", "--out-dir", tmp_path)
     wait_until((tmp_path / "ddim_log.csv").exists, killed)
@@ -512,8 +522,10 @@ def test_waiting_for_other_processes_is_announced_and_ends_with_a_signal(ddim, t
 # ---- Output that goes away -------------------------------------------------------------------------------------------
 
 
-def test_a_run_whose_output_goes_away_goes_on_to_its_end(ddim, tmp_path):
-    process = ddim.start(*ddim.tiny, "--epochs", "5", "--out-dir", tmp_path)
+@pytest.mark.parametrize("unbuffered", ["", "1"], ids=["fails_at_flush", "fails_at_write"])
+def test_a_run_whose_output_goes_away_goes_on_to_its_end(ddim, tmp_path, unbuffered):
+    environment = {"PYTHONUNBUFFERED": unbuffered}
+    process = ddim.start(*ddim.tiny, "--epochs", "5", "--out-dir", tmp_path, env=environment)
     process.stdout.readline()
     process.stdout.close()  # as `| head -1` does
     assert process.wait(60) == 0 and process.stderr.read() == ""
@@ -566,6 +578,23 @@ def test_a_full_disk_is_named_with_the_log_and_a_checkpoint_is_tried(ddim, tmp_p
     (line,) = result.err.splitlines()
     assert result.code == 2 and "ddim_log.csv" in line and "No space left" in line
     assert (tmp_path / "ddim_model_last.pth").exists()
+
+
+def test_a_preview_that_is_not_finite_is_warned_of_and_training_goes_on(ddim, tmp_path, monkeypatch):
+    sample, broken = ddim_cifar.Sampler.sample, [True]
+
+    def first_is_broken(self, indices, *rest, **options):
+        if broken:
+            broken.clear()
+            raise ddim_cifar.NotFinite(indices, len(indices))
+        return sample(self, indices, *rest, **options)
+
+    monkeypatch.setattr(ddim_cifar.Sampler, "sample", first_is_broken)
+    result = ddim("--epochs", "2", "--save-every", "1", *ONE)
+    (line,) = result.err.splitlines()
+    assert result.code == 0 and line.startswith("warning: 16 of 16 images are not finite")
+    pictures = sorted(path.name for path in tmp_path.glob("*.png"))
+    assert pictures == ["ddim_samples.png", "ddim_samples_epoch_2.png"]
 
 
 # ---- Called from another program -------------------------------------------------------------------------------------

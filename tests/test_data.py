@@ -127,11 +127,11 @@ def test_a_folder_keeps_what_images_show(tmp_path):
     assert (transparent == 255).all() and (deep == 128).all() and (cropped[:, :, 2:30] == 255).all()
 
 
-def test_sixteen_bits_become_eight_by_rounding(tmp_path):
-    for i, value in enumerate((0, 256, 32640, 65279, 65535)):  # 257 k and its neighbours
+def test_sixteen_bits_are_divided_by_257_and_rounded(tmp_path):
+    for i, value in enumerate((128, 129, 255, 256, 65535 - 129, 65535 - 128)):  # where v >> 8 and v / 257 part
         Image.fromarray(np.full((32, 32), value, np.uint16)).save(tmp_path / f"{i}.png")
     images, _ = ddim_cifar.load_images("folder", tmp_path)
-    assert images[:, 0, 0, 0].tolist() == [0, 1, 127, 254, 255]
+    assert images[:, 0, 0, 0].tolist() == [0, 1, 1, 1, 254, 255]
 
 
 def test_transparency_of_grey_and_of_palettes_becomes_white(tmp_path):

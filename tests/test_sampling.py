@@ -435,3 +435,22 @@ def test_the_folder_of_exported_weights_can_be_sampled_from(ddim, checkpoint, tm
     ddim("--sample", checkpoint, "--export-weights", tmp_path / "weights", *flags, tmp_path / "a.npz", flags=[])
     assert ddim("--sample", tmp_path / "weights", *flags, tmp_path / "b.npz", flags=[]).code == 0
     assert np.array_equal(np.load(tmp_path / "a.npz")["arr_0"], np.load(tmp_path / "b.npz")["arr_0"])
+
+
+def test_after_training_with_no_ema_the_weights_themselves_draw(ddim, tmp_path):
+    few = ["--num-samples", "2", "--sample-steps", "2", "--precision", "fp32", "--export"]
+    ddim("--iterations", "2", "--lr", "1e-2", "--warmup", "0", "--no-ema", *few, tmp_path / "trained.npz")
+    for name, flags in (("own", ["--no-ema"]), ("averaged", [])):
+        path = tmp_path / f"{name}.npz"
+        ddim(
+            "--sample",
+            tmp_path / "ddim_model_final.pth",
+            *flags,
+            *few,
+            path,
+            flags=["--device", "cpu"],
+            out_dir=tmp_path / "again",
+        )
+    names = ("trained", "own", "averaged")
+    trained, own, averaged = (np.load(tmp_path / f"{name}.npz")["arr_0"].astype(int) for name in names)
+    assert np.abs(trained - own).max() <= 1 < np.abs(trained - averaged).max()
