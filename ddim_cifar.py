@@ -2442,7 +2442,7 @@ def resume_command(argv, saved):
 
 
 def main(argv=None):
-    """The command. Returns the exit code: 0; 1 diverged or a process lost; 2 an error in one line; 128 + the signal.
+    """The command. Returns the exit code: 0; 1 diverged, not finite, or a process lost; 2 an error; 128 + the signal.
 
     It may be called from another program, in any thread, any number of times.
     """
