@@ -394,7 +394,7 @@ def test_order_2_is_several_times_closer_than_order_1_in_forty_steps(tau):
 @pytest.mark.parametrize(
     ("error", "order"),
     [(sampling_error, 1), (functools.partial(sampling_error, order=2), 2), (encoding_error, 1)],
-    ids=str,
+    ids=["sampling", "sampling of order 2", "encoding"],
 )
 def test_the_error_falls_with_the_order_promised(error, order):
     schedule = NoiseSchedule(3841, 1e-6, 0.005)  # 3840 divides into each number of steps, with the ends the same
