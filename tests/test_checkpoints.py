@@ -429,9 +429,9 @@ def test_a_run_stopped_at_random_moments_ends_as_if_left_alone(
         process = ddim.start(*flags, "--resume", "auto", "--out-dir", folder)
         if stopped < stops:
             wait_until(lambda begun=begun: log.exists() and log.stat().st_mtime > begun, process)
-            time.sleep(draw.uniform(0, 0.2))
+            time.sleep(draw.uniform(0, 1))
             process.send_signal(signum)
-        _, err = process.communicate(timeout=120)
+        _, err = process.communicate(timeout=900)
         code = process.returncode
         if code == 0:
             break
@@ -441,7 +441,7 @@ def test_a_run_stopped_at_random_moments_ends_as_if_left_alone(
             assert load(folder / "ddim_model_last.pth")["step"] == int(rows[-1]["step"])
     assert stopped == stops
 
-    _, err = left_alone.communicate(timeout=120)
+    _, err = left_alone.communicate(timeout=900)
     assert left_alone.returncode == 0, err
     assert_same_training(alone / "ddim_model_final.pth", folder / "ddim_model_final.pth")
     assert columns(alone, "val_loss", *LOGGED) == columns(folder, "val_loss", *LOGGED)
