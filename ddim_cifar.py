@@ -628,7 +628,7 @@ class Trainer:
             "images": self.fingerprint,
             "model": self.model.state_dict(),
             "ema": self.ema.state_dict(),
-            "optimizer": {name: moments[parameter] for name, parameter in self.model.named_parameters()},
+            "optimizer": {name: moments.get(parameter, {}) for name, parameter in self.model.named_parameters()},
         }
 
     def load_state_dict(self, state):
