@@ -139,7 +139,7 @@ class Config:
 
     device: str = flag(RUNTIME, "auto", "auto: cuda, then mps, then cpu; or cuda:N", metavar="DEVICE")
     precision: str = flag(RUNTIME, "auto", "auto: bf16 where it is faster", choices=("auto", "fp32", "bf16"))
-    compile: str = flag(RUNTIME, "auto", "auto: on a GPU, in a long run", choices=("auto", "on", "off"))
+    compile: str = flag(RUNTIME, "auto", "auto: in a long run", choices=("auto", "on", "off"))
     seed: int = flag(RUNTIME, 0, "of everything random", least=0)
 
     resume: str = flag(FILES, None, "checkpoint to continue; auto: the furthest, or a new run", metavar="CKPT")
@@ -2071,11 +2071,9 @@ class Runtime:
         """The network compiled, if asked for, or if that many evaluations of a batch make up for the time it takes."""
         if evaluations == 0 or self.compile == "off":
             return network
-        if self.compile == "auto":
-            able = importlib.util.find_spec("triton") and any(map(shutil.which, ("cc", "gcc", "clang")))
-            modern = self.device.type == "cuda" and torch.cuda.get_device_capability(self.device) >= (7, 0)
-            if not (able and modern and evaluations >= 2000):
-                return network
+        enough = 1000 if self.device.type == "cpu" else 2000
+        if self.compile == "auto" and not (evaluations >= enough and can_compile(self.device)):
+            return network
         return torch.compile(network)
 
 
@@ -2148,6 +2146,17 @@ def bf16_unit(device):
         return None
     capabilities = getattr(torch.cpu, "get_capabilities", dict)()
     return next((name for name in ("amx_bf16", "avx512_bf16") if capabilities.get(name)), None)
+
+
+@functools.cache
+def can_compile(device):
+    """Whether torch.compile works there, found out by trying: it needs a C++ compiler, on a GPU Triton as well."""
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (7, 0):
+        return False
+    try:
+        return device.type != "mps" and bool(torch.compile(torch.neg)(torch.ones(2, device=device)).sum() == -2)
+    except Exception:  # of many kinds: no compiler, no headers, no Triton, no place for its files
+        return False
 
 
 def available_cores():

@@ -19,7 +19,7 @@ import ddim_cifar
 
 SCRIPT = Path(ddim_cifar.__file__)
 NETWORK = ["--channels", "32", "--channel-mults", "1", "2", "--res-blocks", "1", "--attn-resolutions", "16"]
-NETWORK += ["--device", "cpu"]
+NETWORK += ["--device", "cpu", "--compile", "off"]
 TINY = [*NETWORK, "--dataset", "synthetic", "--batch-size", "4", "--sample-steps", "2", "--precision", "fp32"]
 Result = collections.namedtuple("Result", "code out err")
 

@@ -98,8 +98,31 @@ def test_bf16_trains_and_samples_nearly_as_fp32_does_and_keeps_weights_in_float3
     assert_close_but_not_equal(*images, most=30)
 
 
+def test_a_long_run_is_compiled_where_that_is_possible(monkeypatch):
+    runtime, network = ddim_cifar.Runtime(torch.device("cpu"), compile="auto"), torch.nn.Identity()
+    for possible in (True, False):
+        monkeypatch.setattr(ddim_cifar, "can_compile", lambda device, possible=possible: possible)
+        assert runtime.compiled(network, 999) is network
+        assert (runtime.compiled(network, 1000) is not network) == possible
+
+
+NEEDS_COMPILER = pytest.mark.skipif(
+    not any(map(shutil.which, ("g++", "clang++", "cl"))), reason="torch.compile needs a compiler"
+)
+
+
 @pytest.mark.slow
-@pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++", "cl"))), reason="torch.compile needs a compiler")
+@NEEDS_COMPILER
+@pytest.mark.parametrize("compiler, possible", [("g++", True), ("/none", False)])
+def test_whether_a_network_can_be_compiled_is_found_out_by_trying(compiler, possible):
+    program = "import ddim_cifar, torch; print(ddim_cifar.can_compile(torch.device('cpu')))"
+    options = {"cwd": ddim_cifar.Path(ddim_cifar.__file__).parent, "env": {**os.environ, "CXX": compiler}}
+    answer = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, **options)
+    assert answer.stdout == f"{possible}\n"
+
+
+@pytest.mark.slow
+@NEEDS_COMPILER
 def test_a_compiled_network_trains_and_samples_as_the_network_itself_does(ddim, tmp_path, load, read_log):
     losses, images = [], []
     small = ["--channel-mults", "1", "--attn-resolutions", "--dropout", "0"]
@@ -114,6 +137,19 @@ def test_a_compiled_network_trains_and_samples_as_the_network_itself_does(ddim, 
     off, on = (load(tmp_path / choice / "ddim_model_final.pth") for choice in ("off", "on"))
     assert all(off[part].keys() == on[part].keys() for part in ("model", "ema", "optimizer"))
     assert ddim("--resume", "auto", "--compile", "off", "--epochs", "2", flags=CPU, out_dir=tmp_path / "on").code == 0
+
+
+@pytest.mark.slow
+@NEEDS_COMPILER
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_compiled_run_is_resumed_to_the_same_bits(ddim, tmp_path, load, precision):
+    flags = ["--epochs", "4", "--save-every", "1", "--compile", "on", "--precision", precision]
+    assert ddim(*flags, "--channel-mults", "1", "--attn-resolutions", out_dir=tmp_path / "a").code == 0
+    middle = tmp_path / "a" / "ddim_model_epoch_2.pth"
+    assert ddim("--resume", middle, flags=CPU, out_dir=tmp_path / "b").code == 0
+    whole, resumed = (load(tmp_path / name / "ddim_model_final.pth") for name in "ab")
+    for part in ("model", "ema"):
+        assert all(torch.equal(value, resumed[part][name]) for name, value in whole[part].items())
 
 
 # ---- Mistakes and misfortunes ----------------------------------------------------------------------------------------
