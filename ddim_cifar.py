@@ -77,6 +77,7 @@ RECIPES = {  # other defaults for a new run; a flag typed beside --recipe wins
     "default": {},
     "paper": {
         "predict": "eps",
+        "t_sampling": "uniform",
         "optimizer": "adam",  # and so the learning rate
         "warmup": 5000,
         "batch_size": 128,
@@ -101,6 +102,7 @@ class Config:
     batch_size: int = flag(TRAINING, 32, "images per step, over all processes", least=1)
     micro_batch: int = flag(TRAINING, None, "images per forward pass [all]: less memory, the same step", least=1)
     predict: str = flag(TRAINING, "v", "what the network's output stands for", choices=("v", "eps"))
+    t_sampling: str = flag(TRAINING, None, "how t is drawn [importance with v]", choices=("importance", "uniform"))
     optimizer: str = flag(TRAINING, "muon", "muon: on weight matrices, Adam on the rest", choices=("muon", "adam"))
     recipe: str = flag(TRAINING, "default", "paper: the defaults of DDPM", choices=tuple(RECIPES))
     lr: float = flag(TRAINING, None, "learning rate [0.0025 with muon, 0.0002 with adam]", least=1e-9)
@@ -153,6 +155,8 @@ class Config:
     def __post_init__(self):
         if self.lr is None:
             self.lr = LEARNING_RATES.get(self.optimizer)
+        if self.t_sampling is None:
+            self.t_sampling = "importance" if self.predict == "v" else "uniform"
 
     @property
     def total(self):
@@ -585,17 +589,34 @@ def make_loader(images, order, device):
     return torch.utils.data.DataLoader(images, batch_size=None, sampler=order, pin_memory=device.type == "cuda")
 
 
-def draw_step(n, batch_size, timesteps, seed, device):
-    """flip bool [B, 1, 1, 1], t int64 [B], eps float32 [B, 3, 32, 32] of step n: this process's share of one draw."""
+def t_density(schedule, t_sampling):
+    """How often each t is drawn in training, as a multiple of a uniform draw: float64 [T].
+
+    "importance" is sqrt(alpha_t), about the size of the gradient at t with v-prediction. A loss divided by its density
+    is Eq. 5 as before, with the least noise (arXiv 2102.09672, Sec. 3.3): at t = 800 there is hardly anything to learn.
+    """
+    wanted = schedule.alphas_cumprod.sqrt() if t_sampling == "importance" else torch.ones(schedule.timesteps)
+    return wanted.double() / wanted.mean()
+
+
+def draw_step(n, batch_size, timesteps, seed, device, cumulative=None):
+    """flip bool [B, 1, 1, 1], t int64 [B], eps float32 [B, 3, 32, 32] of step n: this process's share of one draw.
+
+    cumulative: float32 [T], the sums of a t_density; None: t is uniform.
+    """
     generator = torch.Generator(device).manual_seed(torch_seed(seed, STEP, n))
     options = {"generator": generator, "device": device}
     flip = torch.rand(batch_size, 1, 1, 1, **options) < 0.5
 
-    # Each t is uniform, and those of a batch are evenly spread: arXiv 2107.00630, App. I.1.
+    # Uniform t, those of a batch evenly spread: arXiv 2107.00630, App. I.1.
     spread = torch.arange(batch_size, device=device) * timesteps // batch_size
     t = (spread + torch.randint(timesteps, (1,), **options)) % timesteps
 
     eps = torch.randn(batch_size, 3, SIZE, SIZE, **options)
+
+    # They are the quantiles of another density.
+    if cumulative is not None:
+        t = torch.searchsorted(cumulative, t + torch.rand(1, **options), right=True).clamp(max=timesteps - 1)
     mine = share(batch_size)
     return flip[mine], t[mine], eps[mine]
 
@@ -612,6 +633,11 @@ class Trainer:
         self.fingerprint = 0  # of the training images
         self.optimizers = make_optimizers(model, config.optimizer, config.lr)
         self.parameters = list(model.parameters())
+
+        # How often each t is drawn.
+        density = t_density(schedule, config.t_sampling)
+        self.density = density.float().to(runtime.device)
+        self.cumulative = density.cumsum(0).float().to(runtime.device) if config.t_sampling == "importance" else None
 
         # The average of the weights, used for sampling.
         self.ema = copy.deepcopy(model).eval().requires_grad_(False)
@@ -657,7 +683,7 @@ class Trainer:
     def noisy_images(self, images, n):
         """x_t, t and eps of step n, for this process's uint8 images: flipped at random, with noise added."""
         config, device = self.config, self.runtime.device
-        flip, t, eps = draw_step(n, config.batch_size, config.timesteps, config.seed, device)
+        flip, t, eps = draw_step(n, config.batch_size, config.timesteps, config.seed, device, self.cumulative)
         x_0 = to_float(images.to(device, non_blocking=True))
         x_0 = torch.where(flip, x_0.flip(3), x_0)
         x_t = self.schedule.add_noise(x_0, eps, t)
@@ -667,7 +693,7 @@ class Trainer:
         """Eq. 5 with gamma = 1, for each image: [N]. A weight for each t, in terms of eps, would multiply here."""
         with self.runtime.autocast():
             predicted = self.predictor(x_t, t)
-        return (predicted - eps).square().mean((1, 2, 3))
+        return (predicted - eps).square().mean((1, 2, 3)) / self.density[t]
 
     def backward(self, images, n):
         """The mean loss of this process's images of step n, and its gradients, in parts of --micro-batch images."""
@@ -1425,6 +1451,7 @@ def load_checkpoint(path, device):
             raise UserError(f"written by a newer version of this program ({newer})")
         if checkpoint["format"] == 1:
             upgrade(checkpoint)
+        checkpoint["config"].setdefault("t_sampling", "uniform")  # older than the setting
         validate(checkpoint)
     except UserError as error:
         raise UserError(f"checkpoint {path}: {error}") from error
@@ -1605,7 +1632,7 @@ def protect_earlier_run(config, step):
             f"--out-dir {config.folder} holds a longer run, of {steps:,} steps, than the {step:,} of {config.resume}: "
             "choose another folder"
         )
-    same = {"predict": "eps", "optimizer": "adam", **saved}  # of format 1
+    same = {"predict": "eps", "t_sampling": "uniform", "optimizer": "adam", **saved}  # of older programs
     for name in sorted({*names_of(UNET, SCHEDULE), *FIXED_ON_RESUME} & same.keys()):
         theirs = tuple(same[name]) if isinstance(same[name], list) else same[name]
         if theirs != getattr(config, name):
@@ -2242,7 +2269,7 @@ def parse_args(argv=None):
     return config, checkpoint
 
 
-FIXED_ON_RESUME = {"predict", "dataset", "batch_size", "seed", "optimizer", "recipe"}
+FIXED_ON_RESUME = {"predict", "t_sampling", "dataset", "batch_size", "seed", "optimizer", "recipe"}
 
 
 def inherit(checkpoint, path, typed, resume):

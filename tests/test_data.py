@@ -20,8 +20,8 @@ def batches(count, batch_size, first, last, seed=0):
     return list(ddim_cifar.batches(count, batch_size, seed, first, last))
 
 
-def draw_step(n, batch_size=8, timesteps=1000, seed=0):
-    return ddim_cifar.draw_step(n, batch_size, timesteps, seed, CPU)
+def draw_step(n, batch_size=8, timesteps=1000, seed=0, cumulative=None):
+    return ddim_cifar.draw_step(n, batch_size, timesteps, seed, CPU, cumulative)
 
 
 @pytest.fixture
@@ -75,6 +75,23 @@ def test_each_t_is_uniform_and_a_batch_of_them_evenly_spread(timesteps):
     assert all(row.sort().values.diff().eq(timesteps // 10).all() for row in t)
     counts = torch.stack([torch.bincount(column * 10 // timesteps, minlength=10) for column in t.T])
     assert counts.min() > 30 and counts.max() < 95  # 60 each, give or take 7
+
+
+def test_t_drawn_by_importance_has_the_density_of_sqrt_alpha_and_is_evenly_spread_too():
+    alphas = ddim_cifar.NoiseSchedule().alphas_cumprod
+    density = ddim_cifar.t_density(ddim_cifar.NoiseSchedule(), "importance")
+    assert torch.allclose(density / density[0], (alphas / alphas[0]).sqrt()) and density.mean().item() == pytest.approx(
+        1
+    )
+
+    cumulative = density.cumsum(0) / 1000
+    t = torch.stack([draw_step(n, 10, cumulative=1000 * cumulative.float())[1] for n in range(1000)])
+    found = torch.bincount(t.flatten(), minlength=1000).cumsum(0) / t.numel()
+    assert (found - cumulative).abs().max() < 0.01
+    before = torch.cat([torch.zeros(1), cumulative[:-1]])
+    tenths = torch.arange(10) / 10
+    for row in t.sort().values:
+        assert ((before[row] - tenths) < 0.1 + 1e-3).all() and ((cumulative[row] - tenths) > -1e-3).all()
 
 
 def test_the_loader_fetches_uint8_batches_in_order():

@@ -14,6 +14,7 @@ from ddim_cifar import Config, UsageError, make_parser, parse_args
 CPU = ["--device", "cpu"]
 PAPER = {
     "predict": "eps",
+    "t_sampling": "uniform",
     "optimizer": "adam",
     "lr": 2e-4,
     "warmup": 5000,
@@ -135,6 +136,20 @@ def test_without_flags_the_defaults_are_those_of_config():
 )
 def test_the_default_rate_follows_the_optimizer(flags, lr):
     assert settings(*flags.split()).lr == lr
+
+
+@pytest.mark.parametrize(
+    "flags, t_sampling",
+    [
+        ("", "importance"),
+        ("--predict eps", "uniform"),
+        ("--t-sampling uniform", "uniform"),
+        ("--predict eps --t-sampling importance", "importance"),
+        ("--recipe paper --predict v", "uniform"),
+    ],
+)
+def test_how_t_is_drawn_follows_what_is_predicted(flags, t_sampling):
+    assert settings(*flags.split()).t_sampling == t_sampling
 
 
 def test_the_recipe_of_the_paper_is_that_of_ddpm():
@@ -302,13 +317,14 @@ CONTRADICTIONS = [
     ("--timesteps", "1000", "500"),
     ("--beta-end", "0.02", "0.01"),
     ("--predict", "v", "eps"),
+    ("--t-sampling", "importance", "uniform"),
     ("--optimizer", "muon", "adam"),
     ("--recipe", "default", "paper"),
     ("--batch-size", "4", "8"),
     ("--dataset", "synthetic", "cifar10"),
     ("--seed", "0", "1"),
 ]
-OF_TRAINING_ONLY = ("--optimizer", "--recipe", "--batch-size", "--dataset", "--seed")
+OF_TRAINING_ONLY = ("--t-sampling", "--optimizer", "--recipe", "--batch-size", "--dataset", "--seed")
 
 
 @pytest.mark.parametrize(
@@ -320,6 +336,15 @@ def test_a_flag_that_contradicts_the_checkpoint_names_both_values(checkpoint, mo
     with pytest.raises(UsageError) as caught:
         settings(mode, checkpoint, flag, *typed.split())
     assert f"{flag} {typed} contradicts {its}, which {checkpoint}" in str(caught.value)
+
+
+def test_a_checkpoint_older_than_t_sampling_drew_t_uniformly(checkpoint, load, tmp_path):
+    saved = load(checkpoint)
+    del saved["config"]["t_sampling"]
+    torch.save(saved, tmp_path / "older.pth")
+    assert settings("--resume", tmp_path / "older.pth").t_sampling == "uniform"
+    with pytest.raises(UsageError, match="--t-sampling importance contradicts uniform"):
+        settings("--resume", tmp_path / "older.pth", "--t-sampling", "importance")
 
 
 def test_to_repeat_the_values_of_the_checkpoint_is_no_contradiction(checkpoint):
