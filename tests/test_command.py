@@ -99,11 +99,13 @@ def test_bf16_trains_and_samples_nearly_as_fp32_does_and_keeps_weights_in_float3
 
 
 def test_a_long_run_is_compiled_where_that_is_possible(monkeypatch):
-    runtime, network = ddim_cifar.Runtime(torch.device("cpu"), compile="auto"), torch.nn.Identity()
+    network = torch.nn.Identity()
     for possible in (True, False):
         monkeypatch.setattr(ddim_cifar, "can_compile", lambda device, possible=possible: possible)
-        assert runtime.compiled(network, 999) is network
-        assert (runtime.compiled(network, 1000) is not network) == possible
+        for precision in ("bf16", "fp32"):
+            runtime = ddim_cifar.Runtime(torch.device("cpu"), precision, "auto")
+            assert runtime.compiled(network, 999) is network
+            assert (runtime.compiled(network, 1000) is not network) == (possible and precision == "bf16")
 
 
 NEEDS_COMPILER = pytest.mark.skipif(
