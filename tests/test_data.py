@@ -94,6 +94,12 @@ def test_t_drawn_by_importance_has_the_density_of_sqrt_alpha_and_is_evenly_sprea
         assert ((before[row] - tenths) < 0.1 + 1e-3).all() and ((cumulative[row] - tenths) > -1e-3).all()
 
 
+def test_a_rare_t_is_drawn_as_often_as_its_density_says_and_not_never():
+    cumulative = torch.tensor([1.6, 2.6, 3.6, 4.6, 5.6, 6.6, 7.6, 8.6, 9.6, 10.0])  # the last 0.4 times in 10 draws
+    t = torch.stack([draw_step(n, 10, 10, cumulative=cumulative)[1] for n in range(1000)])
+    assert 340 < (t == 9).sum() < 460 and 1540 < (t == 0).sum() < 1660
+
+
 def test_the_loader_fetches_uint8_batches_in_order():
     images = torch.randint(256, (20, 3, 32, 32), dtype=torch.uint8)
     order = batches(20, 6, 0, 4)
