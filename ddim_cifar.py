@@ -251,14 +251,14 @@ class NoisePredictor(nn.Module):
 def ddim_timesteps(timesteps, steps, tau, schedule=None):
     """The sub-sequence tau of 0..timesteps-1 that sampling visits (App. D.2): `steps` distinct ints, ascending.
 
-    tau: "uniform" is floor(i T / S). "quadratic" is floor(c i^2), its last at 0.8 T, as in the official code. "karras"
-    is equal steps in sigma^(1/7), the sigma of Eq. 14 (arXiv 2206.00364, Eq. 5), for `schedule` (None: the default
-    one). ValueError unless 1 <= steps <= timesteps.
+    tau: "uniform" is floor(i T / S). "quadratic" is floor(c i^2), its last at 0.8 T: the official one, made distinct.
+    "karras" is equal steps in sigma^(1/7), the sigma of Eq. 14 (arXiv 2206.00364, Eq. 5), for `schedule` (None: the
+    default one). ValueError unless 1 <= steps <= timesteps.
     """
     if not 1 <= steps <= timesteps:
         raise ValueError(f"steps must be in 1..{timesteps}, not {steps}")
 
-    i = np.arange(steps)
+    i = np.arange(steps, dtype=np.int64)  # Windows: int32, too small for the squares
     if tau == "uniform":
         wanted = i * timesteps // steps
     elif tau == "quadratic":
@@ -460,8 +460,12 @@ class UNet(nn.Module):
     ):
         super().__init__()
         sides = [image_size >> level for level in range(len(channel_mults))]
-        if channels % 32 or min(channels, *channel_mults, res_blocks) < 1:
-            raise ValueError(f"channels {channels}: must be a multiple of 32, channel_mults and res_blocks positive")
+        if channels < 1 or channels % 32:
+            raise ValueError(f"channels {channels}: must be a multiple of 32")
+        if min(channel_mults, default=0) < 1:
+            raise ValueError(f"channel_mults {spell(channel_mults)}: must be positive")
+        if res_blocks < 1:
+            raise ValueError(f"res_blocks {res_blocks}: must be positive")
         if image_size % 2 ** (len(sides) - 1):
             raise ValueError(f"channel_mults {spell(channel_mults)}: image_size {image_size} cannot be halved so often")
         if not set(attn_resolutions) <= set(sides):
@@ -592,8 +596,9 @@ def make_loader(images, order, device):
 def t_density(schedule, t_sampling):
     """How often each t is drawn in training, as a multiple of a uniform draw: float64 [T].
 
-    "importance" is sqrt(alpha_t), about the size of the gradient at t with v-prediction. A loss divided by its density
-    is Eq. 5 as before, with the least noise (arXiv 2102.09672, Sec. 3.3): at t = 800 there is hardly anything to learn.
+    "importance" is sqrt(alpha_t): with v, the error of eps is sqrt(alpha_t) times that of the network's output, so that
+    at t = 800 there is hardly anything to learn. A loss divided by its density is Eq. 5 as before, and its gradient has
+    half the variance (measured; arXiv 2102.09672, Sec. 3.3, has the method).
     """
     density = schedule.alphas_cumprod ** (0.5 if t_sampling == "importance" else 0)
     return density / density.mean()
@@ -602,7 +607,7 @@ def t_density(schedule, t_sampling):
 def draw_step(n, batch_size, timesteps, seed, device, cumulative=None):
     """flip bool [B, 1, 1, 1], t int64 [B], eps float32 [B, 3, 32, 32] of step n: this process's share of one draw.
 
-    cumulative: float32 [T], the sums of a t_density; None: t is uniform.
+    B: images of this process. cumulative: float32 [T], the cumulative sums of a t_density; None: t is uniform.
     """
     generator = torch.Generator(device).manual_seed(torch_seed(seed, STEP, n))
     options = {"generator": generator, "device": device}
@@ -614,7 +619,7 @@ def draw_step(n, batch_size, timesteps, seed, device, cumulative=None):
 
     eps = torch.randn(batch_size, 3, SIZE, SIZE, **options)
 
-    # They are the quantiles of another density.
+    # Another density: t is where its cumulative sums reach the uniform one.
     if cumulative is not None:
         t = torch.searchsorted(cumulative, t + torch.rand(1, **options), right=True).clamp(max=timesteps - 1)
     mine = share(batch_size)
@@ -644,7 +649,7 @@ class Trainer:
         self.averages = list(self.ema.parameters())
 
         # The network as it is called: compiled, and with gradients averaged over processes.
-        network = runtime.compiled(model, config.total)
+        network = runtime.compiled(model, config.total)  # not by the steps left: a resumed run computes as before
         if world.size > 1:
             network = nn.parallel.DistributedDataParallel(network, gradient_as_bucket_view=True)
         self.predictor = NoisePredictor(network, schedule, config.predict)
@@ -664,19 +669,15 @@ class Trainer:
         self.steps = state["step"]
         self.model.load_state_dict(state["model"])
         self.ema.load_state_dict(state["ema"])
-        parameters = dict(self.model.named_parameters())
+        names = {parameter: name for name, parameter in self.model.named_parameters()}
         for optimizer in self.optimizers:
-            mine = set(optimizer.param_groups[0]["params"])
-            for name, parameter in parameters.items():
-                if parameter in mine:
-                    optimizer.state[parameter] = laid_out_as(parameter, state["optimizer"][name])
+            for parameter in optimizer.param_groups[0]["params"]:
+                optimizer.state[parameter] = laid_out_as(parameter, state["optimizer"][names[parameter]])
 
     def learning_rate(self, n):
         """Linear warm-up, constant, linear decay to zero."""
         config = self.config
         warm = (n + 1) / max(1, config.warmup)
-        if not config.lr_decay:
-            return config.lr * min(1.0, warm)
         to_zero = (config.total - n) / max(1, config.lr_decay * config.total)
         return config.lr * min(1.0, warm, to_zero)
 
@@ -690,13 +691,13 @@ class Trainer:
         return x_t.contiguous(memory_format=torch.channels_last), t, eps
 
     def loss(self, x_t, t, eps):
-        """Eq. 5 with gamma = 1, for each image, over the density of its t: [N]. A weight for each t multiplies here."""
+        """Eq. 5 with gamma = 1, for each image, divided by the density of t: [N]. A weight for t multiplies here."""
         with self.runtime.autocast():
             predicted = self.predictor(x_t, t)
         return (predicted - eps).square().mean((1, 2, 3)) / self.density[t]
 
     def backward(self, images, n):
-        """The mean loss of this process's images of step n, and its gradients, in parts of --micro-batch images."""
+        """Add up the gradients of step n, --micro-batch images at a time. Returns the mean loss of these images."""
         x_t, t, eps = self.noisy_images(images, n)
         torch.manual_seed(torch_seed(self.config.seed, DROPOUT, n, world.rank))
         size = self.config.micro_batch or len(images)
@@ -742,7 +743,8 @@ def held_out_loss(predictor, images, runtime):
     schedule, device = predictor.schedule, runtime.device
     x_0 = to_float(images[:HELD_OUT].to(device))
     t = torch.arange(len(x_0), device=device) * schedule.timesteps // len(x_0)
-    eps = torch.from_numpy(rng((0, VALIDATION)).standard_normal(x_0.shape, dtype=np.float32)).to(device)
+    eps = rng((0, VALIDATION)).standard_normal(x_0.shape, dtype=np.float32)  # of no seed: runs can be compared
+    eps = torch.from_numpy(eps).to(device)
     x_t = schedule.add_noise(x_0, eps, t).contiguous(memory_format=torch.channels_last)
 
     total = torch.zeros((), device=device)
@@ -869,7 +871,7 @@ class Sampler:
 def save_samples(sampler, path, count, export=None):
     """Draw images 0 .. count-1. The first 256 go into a grid at `path`; with `export`, all are written, too.
 
-    An .npz is complete or absent; a folder of PNGs can be continued. Without `export`, no more than 256 are drawn.
+    An .npz is complete or absent; a folder of PNGs can be continued.
     """
     steps = sampler.config.steps
     folder = sampler.config.export_folder if export else None
@@ -880,7 +882,7 @@ def save_samples(sampler, path, count, export=None):
     if folder:
         present = gather(prepare_folder(folder, sampler, count) if world.rank == 0 else None)[0]
     kept = np.zeros((count if archive else min(count, 256), SIZE, SIZE, 3), np.uint8)
-    wanted = [i for i in range(count if export else len(kept)) if i not in present]
+    wanted = [i for i in range(count) if i not in present]
 
     # Draw.
     def draw(indices):
@@ -941,9 +943,9 @@ def trajectory(sampler):
     say(f"wrote {path}")
 
 
-def interpolation(sampler, columns=11):
+def interpolation(sampler):
     """Pictures between pictures: slerp between pairs of x_T (App. D.5), a row per pair."""
-    config = sampler.config
+    config, columns = sampler.config, 11
     pairs = min(8, max(1, config.num_samples // 2))
 
     def between(indices):
@@ -1912,13 +1914,14 @@ class Diverged(UserError):
 
 
 class NotFinite(UserError):
-    """Samples hold infinities or NaN."""
+    """NotFinite(indices, count): these images of count hold infinities or NaN."""
 
     code = 1
 
-    def __init__(self, indices, count):
+    def __str__(self):
+        indices, count = self.args
         which = spell(indices[:5]) + (" ..." if len(indices) > 5 else "")
-        super().__init__(f"{len(indices)} of {count} images are not finite: numbers {which}; none of them is written")
+        return f"{len(indices)} of {count} images are not finite: numbers {which}; none of them is written"
 
 
 class Stopped(BaseException):
@@ -2008,9 +2011,18 @@ def in_chunks(sampler, indices, function, evaluations, desc):
         for first in range(0, len(chunks), world.size):
             turn = chunks[first : first + world.size]
             mine = None
-            if world.rank < len(turn):
-                mine = compute_chunk(sampler, function, turn[world.rank], len(chunks[0]))
-            yield from zip(turn, gather(mine))
+            try:
+                if world.rank < len(turn):
+                    mine = compute_chunk(sampler, function, turn[world.rank], len(chunks[0]))
+            except NotFinite as error:
+                mine = error
+
+            # All processes raise, or none: the others would wait for one that has gone.
+            results = gather(mine)
+            for result in results:
+                if isinstance(result, NotFinite):
+                    raise result
+            yield from zip(turn, results)
 
 
 def compute_chunk(sampler, function, chunk, size):
@@ -2334,6 +2346,8 @@ def check(config):
         raise UsageError(f"--sample-steps {max(steps)}: must be in 1..{config.timesteps} (--timesteps)")
     if compares and config.eta > 0:
         raise UsageError(f"--reconstruct and --consistency are about --eta 0, not --eta {config.eta}")
+    if config.reconstruct and (config.order == 2 or config.clip_x0):
+        raise UsageError("--reconstruct encodes with plain DDIM, which --order 2 and --clip-x0 do not undo")
     if config.order == 2 and config.eta > 0:
         raise UsageError(f"--order 2 solves the equation of --eta 0, not of --eta {config.eta}")
     if config.export_weights and config.channel_mults[0] != 1:
@@ -2416,9 +2430,12 @@ def execute(config, checkpoint, runtime):
         model = execute_training(config, checkpoint, runtime, model, schedule, images, held_out)
 
     # Draw.
-    evaluations = math.ceil(config.num_samples * config.steps / 256)  # of a batch of some 256
+    count = config.num_samples if config.export else min(256, config.num_samples)
+    if count < config.num_samples:
+        say(f"drawing {count} images, a grid's most; --export PATH would write all {config.num_samples:,}")
+    evaluations = math.ceil(count * config.steps / 256)  # of a batch of some 256
     sampler = Sampler(model, schedule, config, runtime, evaluations)
-    save_samples(sampler, config.folder / "ddim_samples.png", config.num_samples, config.export)
+    save_samples(sampler, config.folder / "ddim_samples.png", count, config.export)
     if config.trajectory:
         trajectory(sampler)
     if config.interpolate:
@@ -2520,7 +2537,7 @@ def run(argv):
         return 128 + signum, complaint, False
     except (UserError, OSError) as error:
         usage = make_parser().format_usage() if isinstance(error, UsageError) else ""
-        return getattr(error, "code", 2), f"{usage}ddim_cifar.py: error: {error}", isinstance(error, NotFinite)
+        return getattr(error, "code", 2), f"{usage}ddim_cifar.py: error: {error}", False
     except (MemoryError, RuntimeError) as error:
         code, complaint = explain(error, config)
         return code, complaint, True

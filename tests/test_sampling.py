@@ -403,6 +403,11 @@ def test_samples_that_are_not_finite_end_the_command_and_nothing_is_exported(ddi
         assert result.code == 1 and "3 of 3 images are not finite: numbers 0 1 2" in line
     assert not (tmp_path / "x.npz").exists() and not list((tmp_path / "folder").glob("*.png"))
 
+    # Of two processes, the second has nothing to draw and ends with the first.
+    process = ddim.torchrun(2, *flags[:-4], "--num-samples", "1", "--out-dir", tmp_path)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 1 and err.count("1 of 1 images are not finite") == 1 and "lost" not in err
+
 
 def test_what_systems_leave_in_a_folder_is_no_reason_to_refuse_it_and_a_reason_is_named(ddim, checkpoint, tmp_path):
     folder = tmp_path / "folder"

@@ -71,6 +71,8 @@ def settings(*flags):
         ("--order 2 --eta 0.5", "--order --eta"),
         ("--reconstruct --eta 1", "--reconstruct --eta"),
         ("--consistency --eta 1", "--consistency --eta"),
+        ("--reconstruct --order 2", "--reconstruct --order"),
+        ("--reconstruct --clip-x0", "--reconstruct --clip-x0"),
         ("--export-weights w --channel-mults 2 2", "--export-weights --channel-mults 1"),
         ("--sample x.pth --epochs 3", "--sample --epochs"),
         ("--sample x.pth --recipe paper", "--sample --recipe"),
