@@ -30,6 +30,7 @@ import shutil
 import signal
 import socket
 import sys
+import tempfile
 import threading
 import time
 import warnings
@@ -116,9 +117,9 @@ class Config:
     dataset: str = flag(DATA, "cifar10", "training images", choices=("cifar10", "folder", "synthetic"))
     data_dir: str = flag(DATA, "./data", "where CIFAR-10 is, or is downloaded to; or the folder", metavar="DIR")
 
-    channels: int = flag(UNET, 128, "width, a multiple of 32", least=1)
-    channel_mults: tuple = flag(UNET, (1, 2, 2, 2), "widths over --channels", least=1, nargs="+", metavar="M")
-    res_blocks: int = flag(UNET, 2, "ResBlocks per resolution", least=1)
+    channels: int = flag(UNET, 128, "width, a multiple of 32", least=1, most=4096)
+    channel_mults: tuple = flag(UNET, (1, 2, 2, 2), "widths over --channels", least=1, most=64, nargs="+", metavar="M")
+    res_blocks: int = flag(UNET, 2, "ResBlocks per resolution", least=1, most=100)
     attn_resolutions: tuple = flag(UNET, (16,), "sides with attention, in pixels", least=1, nargs="*", metavar="R")
     dropout: float = flag(UNET, 0.0, "in each ResBlock; 0.1 for hundreds of passes over the data", least=0, most=0.99)
     timesteps: int = flag(SCHEDULE, 1000, "T, the number of noise levels", least=2)
@@ -864,7 +865,8 @@ class Sampler:
         x_0 = ddim_sample(self.eps, x_T, self.schedule, self.tau(steps), config.eta, **options)
         finite = x_0.isfinite().all((1, 2, 3)).tolist()
         if not all(finite):
-            raise NotFinite([i for i, good in zip(indices, finite) if not good], len(x_0))
+            bad = {i for i, good in zip(indices, finite) if not good}
+            raise NotFinite(sorted(bad), len(set(indices)))
         return x_0
 
 
@@ -1124,14 +1126,22 @@ def open_cifar10(data_dir):
         if found != md5:
             raise UserError(f"{file} is corrupt or cut short: its md5 is {found}, the right one {md5}; fetch it again")
 
-    # Download it.
-    say(f"Downloading CIFAR-10 (163 MB) to {Path(data_dir).resolve()}")
+    # Download and extract it in a folder of our own: other processes see complete files alone.
     timeout = socket.getdefaulttimeout()
     socket.setdefaulttimeout(30)
     quiet = contextlib.nullcontext() if sys.stderr.isatty() else contextlib.redirect_stderr(io.StringIO())
     try:
-        with quiet:
-            return [CIFAR10(data_dir, train, download=train) for train in (True, False)]
+        Path(data_dir).mkdir(parents=True, exist_ok=True)
+        with quiet, tempfile.TemporaryDirectory(prefix=".download-", dir=data_dir) as private:
+            if not archive.is_file():
+                say(f"Downloading CIFAR-10 (163 MB) to {Path(data_dir).resolve()}")
+                utils.download_url(CIFAR10.url, private, CIFAR10.filename, CIFAR10.tgz_md5)
+                os.replace(Path(private, CIFAR10.filename), archive)
+            utils.extract_archive(archive, private)
+            Path(data_dir, CIFAR10.base_folder).mkdir(exist_ok=True)
+            for file in Path(private, CIFAR10.base_folder).iterdir():
+                os.replace(file, Path(data_dir, CIFAR10.base_folder, file.name))
+        return [CIFAR10(data_dir, train) for train in (True, False)]
     except Exception as error:  # no network, a silent server, an archive cut short, no permission: each raises its own
         raise Offline(
             f"CIFAR-10 is not in {Path(data_dir).resolve()} and could not be downloaded "
@@ -1140,8 +1150,6 @@ def open_cifar10(data_dir):
         ) from error
     finally:
         socket.setdefaulttimeout(timeout)
-        if archive.is_file() and utils.calculate_md5(archive) != CIFAR10.tgz_md5:
-            archive.unlink()  # a download that broke off
 
 
 def read_folder(folder):
@@ -1280,12 +1288,7 @@ def save_table(path, header, rows):
 
 def save_png(image, path):
     """A PNG of uint8 [H, W, 3] that is complete or absent, but not forced to the disk: there are thousands."""
-    temporary = path.with_name(f"unfinished.{this_process()}.tmp")
-    try:
-        Image.fromarray(image).save(temporary, "PNG")
-        os.replace(temporary, path)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error}") from error
+    write_atomically(path, lambda file: Image.fromarray(image).save(file, "PNG"), to_disk=False)
 
 
 LITTER = ("Thumbs.db", "desktop.ini", "__MACOSX")
@@ -1315,7 +1318,7 @@ def prepare_folder(folder, sampler, count):
     if foreign:
         raise UserError(f"--export {folder}: it holds {foreign[0]}, which is not asked for; choose another folder")
     write_atomically(note, json.dumps(origin))
-    return {wanted[name] for name in there}
+    return {wanted[name] for name in there if (folder / name).stat().st_size}  # a power cut can leave empty files
 
 
 def visible_files(folder):
@@ -1473,15 +1476,21 @@ def load_model(path, device="cpu"):
     The weights are the averaged ones, in eval mode. UserError as for load_checkpoint.
     """
     checkpoint = load_checkpoint(path, device)
-    config = Config(**checkpoint["config"])
+    saved = checkpoint["config"]
+    config = Config(**{name: saved[name] for name in [*names_of(UNET, SCHEDULE), "predict"] if name in saved})
     network = UNet(**config.of(UNET)).to(device).eval()
     network.load_state_dict(checkpoint["ema"])
     schedule = NoiseSchedule(**config.of(SCHEDULE))
     return NoisePredictor(network, schedule, config.predict), schedule
 
 
+def checksums_hold(path):
+    """Of a file that torch wrote: torch.load does not look at them."""
+    return not zipfile.is_zipfile(path) or zipfile.ZipFile(path).testzip() is None
+
+
 def read_torch(path, device):
-    if zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip():  # torch.load does not look at the checksums
+    if not checksums_hold(path):
         raise UserError("damaged, a checksum is wrong")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -1598,34 +1607,46 @@ def peek(path):
     return None
 
 
+def known_runs(folder):
+    """(steps, config, path) of the checkpoints in the folder, furthest first; time breaks ties."""
+    found = [(peek(path), path) for path in folder.glob("ddim_model_*.pth")]
+    runs = [(*seen, path) for seen, path in found if seen]
+    return sorted(runs, key=lambda run: (run[0], run[2].stat().st_mtime_ns), reverse=True)
+
+
 def furthest_checkpoint(folder):
     """(path, checkpoint) of the complete checkpoint with the most steps in the folder, or (None, None)."""
-    known = {path: peek(path) for path in folder.glob("ddim_model_*.pth")}
-
-    def progress_of(path):
-        steps = known[path][0] if known[path] else math.inf  # to be named below
-        return steps, path.stat().st_mtime_ns  # time breaks ties
-
-    for path in sorted(known, key=progress_of, reverse=True):
+    runs = [path for _, _, path in known_runs(folder)]
+    unreadable = sorted(set(folder.glob("ddim_model_*.pth")) - set(runs))  # to be named below
+    for path in [*unreadable, *runs]:
         try:
-            return path, load_checkpoint(path, "cpu")
+            checkpoint = load_checkpoint(path, "cpu")
         except UserError as error:
             say(f"warning: passed over: {error}", sys.stderr)
+            continue
+        if "step" in checkpoint:  # published weights cannot be resumed
+            return path, checkpoint
     say(f"no checkpoint in {folder.resolve()}: starting afresh")
     return None, None
 
 
 def protect_earlier_run(config, step):
-    """UserError if a new run (step None) would overwrite a longer or an unfinished one; or a resumed run, another."""
-    runs = [found for path in config.folder.glob("ddim_model_*.pth") if (found := peek(path))]
+    """UserError if a new run (step None) would overwrite an earlier one; or a resumed run, a longer or another one.
+
+    A single step is a quick test, which nobody misses. A damaged checkpoint protects nothing.
+    """
+    runs = known_runs(config.folder)
+    while runs and not checksums_hold(runs[0][2]):
+        del runs[0]
     if not runs:
         return
-    steps, saved = max(runs, key=lambda run: run[0])
+    steps, saved, _ = runs[0]
     planned = saved.get("epochs", 1) * saved.get("iterations", 1)
     if step is None:
-        if steps > config.total or steps < planned:
-            kind = "a longer run" if steps > config.total else "an interrupted run"
-            hint = "go on with --resume auto, or choose another folder"
+        if steps > 1 or planned > 1:
+            kind, hint = "a finished run", "choose another folder, or continue it with --resume auto and more --epochs"
+            if steps < planned:
+                kind, hint = "an interrupted run", "go on with --resume auto, or choose another folder"
             raise UserError(f"--out-dir {config.folder} holds {kind}, of {steps:,} steps: {hint}")
         return
 
@@ -1670,7 +1691,7 @@ class Owner:
         file.flush()
         Owner.held[self.folder] = file
         for leftover in self.folder.glob("*.tmp"):  # of owners that are dead
-            if leftover.name.startswith(("ddim_", "unfinished", ".origin")):
+            if re.search(r"-\d+\.tmp$", leftover.name):
                 leftover.unlink(missing_ok=True)
         return self
 
@@ -1704,7 +1725,7 @@ def own_folders(config, stack):
     export = config.export_folder
     try:
         stack.enter_context(Owner(config.folder, "--out-dir"))
-        if export and export != config.folder:
+        if export:
             stack.enter_context(Owner(export, "--export"))
     except OSError as error:
         flags = "--out-dir, --export"
@@ -1714,12 +1735,16 @@ def own_folders(config, stack):
 def prepare_out_dir(config, checkpoint_bytes):
     """Find out now what would fail after hours: no permission, no space."""
     try:
-        for path in (config.export, config.export_weights):
-            if path:
-                Path(path).resolve().parent.mkdir(parents=True, exist_ok=True)
-        trial = config.folder / f"ddim_trial.{this_process()}.tmp"
-        trial.touch()
-        trial.unlink()
+        targets = [config.folder]
+        if config.export and not config.export_folder:
+            targets.append(Path(config.export).resolve().parent)
+        if config.export_weights:
+            targets.append(Path(config.export_weights).resolve())
+        for folder in targets:
+            folder.mkdir(parents=True, exist_ok=True)
+            trial = folder / f"ddim_trial.{this_process()}.tmp"
+            trial.touch()
+            trial.unlink()
         free = shutil.disk_usage(config.folder).free
     except OSError as error:
         flags = "--out-dir, --export, --export-weights"
@@ -1783,17 +1808,20 @@ def export_weights(folder, model, config):
 
     # safetensors if the package is there, which diffusers prefers; else what torch writes.
     weights = {name: value.cpu().contiguous() for name, value in model.state_dict().items()}
+    stem = folder / "unet" / "diffusion_pytorch_model"
     if importlib.util.find_spec("safetensors"):
         from safetensors.torch import save
 
         data = save(weights, metadata={"format": "pt"})
-        write_atomically(folder / "unet" / "diffusion_pytorch_model.safetensors", lambda file: file.write(data))
+        write_atomically(stem.with_suffix(".safetensors"), lambda file: file.write(data))
+        stem.with_suffix(".bin").unlink(missing_ok=True)  # of an earlier export
     else:
-        write_atomically(folder / "unet" / "diffusion_pytorch_model.bin", lambda file: torch.save(weights, file))
+        write_atomically(stem.with_suffix(".bin"), lambda file: torch.save(weights, file))
+        stem.with_suffix(".safetensors").unlink(missing_ok=True)
     say(f"wrote {folder}")
 
 
-def write_atomically(path, content):
+def write_atomically(path, content, to_disk=True):
     """Write a text, or what content(file) writes: the file appears complete and on disk, or not at all. Rank 0 only."""
     if world.rank > 0:
         return
@@ -1807,12 +1835,12 @@ def write_atomically(path, content):
             else:
                 file.write(content.encode())
             file.flush()
-            os.fsync(file.fileno())
+            if to_disk:
+                os.fsync(file.fileno())
         os.replace(temporary, path)
-        if os.name == "posix":  # the rename, too, has to reach the disk
-            folder = os.open(path.parent, os.O_RDONLY)
-            os.fsync(folder)
-            os.close(folder)
+        if to_disk:
+            with contextlib.suppress(OSError):  # not everywhere can a folder be forced to the disk
+                sync_folder(path.parent)
     except (OSError, RuntimeError) as error:
         reason = error
         while reason.__context__ and not isinstance(reason, OSError):  # torch.save hides a full disk in RuntimeErrors
@@ -1821,6 +1849,15 @@ def write_atomically(path, content):
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
+
+
+def sync_folder(folder):
+    """Force a rename in this folder to the disk."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 # ---- Processes -------------------------------------------------------------------------------------------------------
@@ -1843,15 +1880,17 @@ class World:
         numbers = {}
         for name, text in found.items():
             if text and name != "MASTER_ADDR":
-                if not text.isdecimal():
-                    raise UserError(f"{name}={text!r} in the environment is not a number: {hint}")
+                most = 65535 if name == "MASTER_PORT" else math.inf
+                if not text.isdecimal() or int(text) > most:
+                    raise UserError(f"{name}={text!r} in the environment is not a number it can be: {hint}")
                 numbers[name] = int(text)
 
         size = numbers.get("WORLD_SIZE", 1)
         if size <= 1:
             if numbers.get("RANK", 0) > 0:
                 say(f"warning: RANK={numbers['RANK']} without WORLD_SIZE > 1 is ignored: one process", sys.stderr)
-            if int(os.environ.get("SLURM_NTASKS") or 1) > 1 and os.environ.get("SLURM_PROCID", "0") == "0":
+            tasks = os.environ.get("SLURM_NTASKS", "")
+            if tasks.isdecimal() and int(tasks) > 1 and os.environ.get("SLURM_PROCID", "0") == "0":
                 say("warning: srun started several tasks, each a run of its own; for one run, use torchrun", sys.stderr)
             return
         missing = [name for name, text in found.items() if not text]
@@ -1967,8 +2006,9 @@ def global_state_restored():
     """What the program changes in Python and torch is put back at the end: main can be called from other programs."""
     streams, threads, benchmark = (sys.stdout, sys.stderr), torch.get_num_threads(), torch.backends.cudnn.benchmark
     sys.stdout, sys.stderr = SafeStream(sys.stdout), SafeStream(sys.stderr)
+    gpus = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []  # to ask for more would wake them all
     try:
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(gpus):
             yield
     finally:
         for stream in (sys.stdout, sys.stderr):
@@ -2261,8 +2301,9 @@ def parse_args(argv=None):
     clash = [spell_flag(name) for name in typed if name in trains]
     if sample and clash:
         raise UsageError(f"--sample does not train, which {', '.join(clash)} asks for")
-    if "" in (sample, resume):
-        raise UsageError("--sample and --resume need the name of a file")
+    for name, value in typed.items():
+        if value == "":
+            raise UsageError(f"{spell_flag(name)} needs the name of a file or folder")
 
     # The checkpoint, and the settings that come from it.
     path, checkpoint, inherited = sample or resume, None, {}
@@ -2298,16 +2339,17 @@ def inherit(checkpoint, path, typed, resume):
         if "step" not in checkpoint:
             raise UserError(f"checkpoint {path}: published weights cannot be resumed, only used with --sample")
         fixed |= FIXED_ON_RESUME
-        taken = {*names_of(TRAINING, DATA, UNET, SCHEDULE, SAMPLING, RUNTIME)} - {"device"}
+        taken = {*names_of(TRAINING, DATA, UNET, SCHEDULE, SAMPLING, RUNTIME)}
+        taken -= {"device", "clip_x0", "no_ema"}  # of another machine; switches that no flag takes back
     inherited = {name: config[name] for name in taken & config.keys()}
 
     for name in sorted(fixed & typed.keys() & inherited.keys()):
         if typed[name] != inherited[name]:
             mine, its = spell(typed[name]), spell(inherited[name])
             raise UsageError(f"{spell_flag(name)} {mine} contradicts {its}, which {path} was trained with")
-    judged = (
-        inherited if resume else {**inherited, "sample": str(path), "sample_steps": (1,)}
-    )  # --sample brings its own
+    judged = {**inherited, "resume": str(path)}
+    if not resume:  # --sample brings steps of its own
+        judged = {**inherited, "sample": str(path), "sample_steps": (1,)}
     try:
         check(Config(**judged))
     except UsageError as error:
@@ -2340,6 +2382,8 @@ def check(config):
     # Sampling and experiments.
     if config.export_folder and config.export_folder.suffix and not config.export_folder.is_dir():
         raise UsageError(f"--export {config.export}: must be NAME.npz, or a folder, whose name has no dot")
+    if config.export_folder == config.folder:
+        raise UsageError(f"--export {config.export}: must be another folder than --out-dir")
     compares = config.reconstruct or config.consistency
     steps = (config.steps, *config.compared_steps) if compares else (config.steps,)
     if max(steps) > config.timesteps:
@@ -2408,7 +2452,8 @@ def execute(config, checkpoint, runtime):
 
     # Prepare folder and images.
     if world.rank == 0:
-        prepare_out_dir(config, 0 if config.sample else 4 * 4 * size)  # weights, averages and two moments
+        moments = 1 if config.optimizer == "muon" else 2
+        prepare_out_dir(config, 0 if config.sample else 4 * size * (2 + moments))  # weights and averages, too
         if not config.sample:
             step = checkpoint["step"] if checkpoint else None
             protect_earlier_run(config, step)
@@ -2508,7 +2553,7 @@ def main(argv=None):
     """
     with global_state_restored():
         code, complaint, everywhere = run(argv)
-        if complaint and (everywhere or world.rank == 0):
+        if complaint and (everywhere or world.local_rank == 0):  # each machine has its own folders
             print(complaint, file=sys.stderr)
     return code
 
@@ -2549,7 +2594,8 @@ def explain(error, config):
         smaller = "a smaller --sample-batch-size"
         if config and not config.sample:
             now = config.micro_batch or config.batch_size // world.size
-            smaller = f"--micro-batch {max(1, now // 2)}, which trains the same (or {smaller})"
+            if now > 1:
+                smaller = f"--micro-batch {now // 2}, which trains the same (or {smaller})"
         return 2, f"ddim_cifar.py: error: out of memory; try {smaller}"
     if isinstance(error, dist.DistError) or "gloo" in str(error):
         return 1, f"ddim_cifar.py: error: process {world.rank} lost the others: {str(error).splitlines()[0]}"

@@ -116,7 +116,7 @@ def test_auto_takes_the_furthest_complete_checkpoint_and_clears_up(ddim, tmp_pat
     assert "starting afresh" in ddim("--resume", "auto", "--epochs", "2", "--save-every", "1", *ONE).out
     final = tmp_path / "ddim_model_final.pth"
     final.write_bytes(final.read_bytes()[:-1000])
-    (tmp_path / "ddim_model_last.pth.tmp").write_bytes(b"of a run that was killed")
+    (tmp_path / "ddim_model_last.pth.elsewhere-1.tmp").write_bytes(b"of a run that was killed")
     result = ddim("--resume", "auto", "--epochs", "4", *ONE)
     assert result.code == 0 and "2 done, 2 to go" in result.out and "passed over" in result.err
     assert not list(tmp_path.glob("*.tmp"))
@@ -457,6 +457,17 @@ def test_auto_takes_the_furthest_whatever_its_date_says(ddim, tmp_path):
     os.utime(tmp_path / "ddim_model_epoch_1.pth", (2e9, 2e9))  # as after cp, zip or git
     result = ddim("--resume", "auto", "--epochs", "4", flags=[])
     assert result.code == 0 and "3 done, 1 to go" in result.out
+
+
+def test_auto_passes_over_a_damaged_checkpoint_and_over_weights_alone(ddim, tmp_path, load):
+    ddim("--epochs", "2", "--save-every", "1", "--num-samples", "1")
+    torch.save(load(tmp_path / "ddim_model_final.pth")["ema"], tmp_path / "ddim_model_ema.pth")
+    for name in ("epoch_2", "final"):
+        content = bytearray((tmp_path / f"ddim_model_{name}.pth").read_bytes())
+        content[len(content) // 2] ^= 1
+        (tmp_path / f"ddim_model_{name}.pth").write_bytes(content)
+    result = ddim("--resume", "auto", flags=[])
+    assert result.code == 0 and "1 done, 1 to go" in result.out and result.err.count("passed over") == 2
 
 
 def test_resuming_into_a_folder_of_a_longer_or_another_run_is_refused(ddim, tmp_path, checkpoint):

@@ -191,14 +191,19 @@ def planned(load, path, iterations):
 
 
 @pytest.mark.parametrize(
-    "taken, whole, kind", [(3, 3, "a longer run, of 3 steps"), (1, 3, "an interrupted run, of 1 steps")]
+    "taken, whole, new, kind",
+    [
+        (3, 3, 2, "a finished run, of 3 steps"),
+        (3, 3, 9, "a finished run, of 3 steps"),  # whose checkpoints would be further than the new ones
+        (1, 3, 9, "an interrupted run, of 1 steps"),
+    ],
 )
-def test_an_earlier_run_is_not_overwritten(ddim, tmp_path, load, taken, whole, kind):
+def test_an_earlier_run_is_not_overwritten(ddim, tmp_path, load, taken, whole, new, kind):
     path = tmp_path / "ddim_model_final.pth"
     ddim("--iterations", taken, *ONE)
     planned(load, path, whole)
     before = path.read_bytes()
-    result = ddim("--iterations", max(2, taken - 1))
+    result = ddim("--iterations", new)
     assert result.code == 2 and kind in result.err and path.read_bytes() == before
 
 
@@ -211,7 +216,7 @@ def test_of_several_checkpoints_the_longest_is_protected(ddim, tmp_path, checkpo
     paths = sorted(tmp_path.glob("*.pth"), reverse=reverse)  # a folder may list them in any order
     monkeypatch.setattr(type(tmp_path), "glob", lambda folder, pattern: iter(paths if pattern.endswith("pth") else ()))
     result = ddim("--iterations", "2")
-    assert result.code == 2 and "a longer run, of 3 steps" in result.err
+    assert result.code == 2 and "a finished run, of 3 steps" in result.err
 
 
 @pytest.mark.parametrize("fails", ["while_writing", "while_renaming"])
@@ -521,6 +526,7 @@ def environment(monkeypatch):
         ({"WORLD_SIZE": "1", "RANK": "0"}, ""),
         ({"SLURM_NTASKS": "2", "SLURM_PROCID": "0"}, "torchrun"),
         ({"SLURM_NTASKS": "2", "SLURM_PROCID": "1"}, ""),
+        ({"SLURM_NTASKS": "many"}, ""),
     ],
 )
 def test_leftover_variables_mean_one_process_and_one_warning_at_most(ddim, environment, variables, word):
@@ -535,6 +541,7 @@ def test_leftover_variables_mean_one_process_and_one_warning_at_most(ddim, envir
         ({"WORLD_SIZE": "two"}, "WORLD_SIZE='two'"),
         ({"WORLD_SIZE": "2"}, "MASTER_ADDR"),
         ({"WORLD_SIZE": "2", "RANK": "-1"}, "RANK='-1'"),
+        ({"WORLD_SIZE": "2", "MASTER_PORT": "70000"}, "MASTER_PORT='70000'"),
         (
             dict(zip(ddim_cifar.TORCHRUN, ["2", "2", "0", "2", "127.0.0.1", "29500"])),
             "RANK=2, WORLD_SIZE=2, LOCAL_RANK=0, LOCAL_WORLD_SIZE=2",

@@ -1,5 +1,6 @@
 """Every image once per pass, everything a function of (seed, position), and files of every kind."""
 
+import hashlib
 import io
 import pickle
 import tarfile
@@ -246,16 +247,31 @@ def test_an_archive_cut_short_is_named_with_its_md5(tmp_path, cifar10):
         ddim_cifar.load_images("cifar10", where)
 
 
-class BrokenOff(io.BytesIO):
-    """An answer of a server that falls silent in the middle of the archive."""
+class Answer(io.BytesIO):
+    """What a server answers."""
 
     url, length = ddim_cifar.CIFAR10_URL, 170498071
+
+
+class BrokenOff(Answer):
+    """The server falls silent in the middle of the archive."""
 
     def read(self, size=-1):
         content = super().read(size)
         if not content:
             raise TimeoutError("timed out")
         return content
+
+
+def test_cifar10_is_downloaded(tmp_path, cifar10, monkeypatch):
+    content = io.BytesIO()
+    with tarfile.open(fileobj=content, mode="w:gz") as archive:
+        archive.add(cifar10, cifar10.name)
+    monkeypatch.setattr("torchvision.datasets.CIFAR10.tgz_md5", hashlib.md5(content.getvalue()).hexdigest())
+    monkeypatch.setattr(urllib.request, "urlopen", lambda *_, **__: Answer(content.getvalue()))
+    here, there = (ddim_cifar.load_images("cifar10", folder) for folder in (cifar10.parent, tmp_path / "new"))
+    assert all(torch.equal(*pair) for pair in zip(here, there))
+    assert {path.name for path in (tmp_path / "new").iterdir()} == {cifar10.name, "cifar-10-python.tar.gz"}
 
 
 def test_a_download_that_breaks_off_leaves_nothing_behind(tmp_path, cifar10, monkeypatch):

@@ -79,6 +79,9 @@ def settings(*flags):
         ("--sample x.pth --resume x.pth", "--sample --resume"),
         ("--resume ''", "--resume name of a file"),
         ("--sample ''", "--sample name of a file"),
+        ("--export ''", "--export name of a file"),
+        ("--export . --out-dir .", "--export --out-dir"),
+        ("--channels 3200000000", "--channels 4096"),
     ],
 )
 def test_a_wrong_flag_is_explained_in_the_last_line(ddim, flags, words):
@@ -248,7 +251,7 @@ OF_THE_NETWORK = {"channels", "channel_mults", "res_blocks", "attn_resolutions",
 OF_THE_SCHEDULE = {"timesteps", "beta_start", "beta_end"}
 OF_THE_DATA = {"dataset", "data_dir"}
 NOT_RESUMED = {"trajectory", "interpolate", "reconstruct", "consistency", "export", "export_weights"}
-NOT_RESUMED |= {"device", "resume", "sample", "out_dir"}
+NOT_RESUMED |= {"device", "resume", "sample", "out_dir", "clip_x0", "no_ema"}
 
 
 def test_a_resumed_run_goes_on_with_its_settings_but_repeats_no_experiment_and_overwrites_no_export(unusual):
