@@ -219,9 +219,9 @@ class NoiseSchedule:
 
     @functools.lru_cache(maxsize=4)  # noqa: B019 (a schedule lives as long as its program)
     def tables(self, device, dtype):
-        # Convert, then move: MPS has no float64.
+        """sqrt(alpha_t) and sqrt(1 - alpha_t) for all t, [T] each."""
         squares = (self.alphas_cumprod, 1 - self.alphas_cumprod)
-        return [square.sqrt().to(dtype).to(device) for square in squares]
+        return [square.sqrt().to(dtype).to(device) for square in squares]  # converted first: MPS has no float64
 
     def add_noise(self, x_0, eps, t):
         """x_t = sqrt(alpha_t) x_0 + sqrt(1 - alpha_t) eps (Eq. 4). x_0, eps: [N, ...]; t: int64 [N]."""
@@ -274,7 +274,7 @@ def ddim_timesteps(timesteps, steps, tau, schedule=None):
     else:
         raise ValueError(f"tau must be one of {', '.join(TAUS)}, not {tau!r}")
 
-    # Where values collide, take the next free integer that leaves room for those to come.
+    # Make them distinct: each at least one above the last, and low enough that the rest fit below T.
     distinct = np.maximum.accumulate(wanted - i) + i
     return np.minimum(distinct, timesteps - steps + i).tolist()
 
@@ -424,8 +424,8 @@ class Upsample(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x):
-        # A 3x3 convolution of doubled pixels is a transposed one of the pixels themselves, in 4/9 of the arithmetic:
-        # each tap adds to the 2x2 pixels it covers.
+        # Doubling pixels and then convolving 3x3 is one transposed 4x4 convolution of stride 2, in 4/9 of the
+        # arithmetic. Its kernel is the flipped 3x3 kernel, summed over windows of 2x2.
         taps = 4 * F.avg_pool2d(F.pad(self.conv.weight.flip(2, 3), (1, 1, 1, 1)), 2, stride=1)
         return F.conv_transpose2d(x, taps.transpose(0, 1), self.conv.bias, stride=2, padding=1)
 
@@ -501,8 +501,8 @@ class UNet(nn.Module):
             self.up_blocks.append(Stage(inputs, width, c_time, dropout, [attends] * (res_blocks + 1), upsamplers=up))
             below = width
 
-        self.conv_norm_out = group_norm(width)
-        self.conv_out = nn.Conv2d(width, 3, 3, padding=1)
+        self.conv_norm_out = group_norm(below)
+        self.conv_out = nn.Conv2d(below, 3, 3, padding=1)
         self.initialize()
 
     def initialize(self):
@@ -844,8 +844,8 @@ class Sampler:
         x = np.stack([generator.standard_normal((3, SIZE, SIZE), dtype=np.float32) for generator in generators])
         return torch.from_numpy(x).to(self.runtime.device).contiguous(memory_format=torch.channels_last)
 
-    def noise(self, indices):
-        """x_T of these images."""
+    def x_T(self, indices):
+        """The noise that these images come from."""
         return self.normal([rng((self.config.seed, NOISE, i)) for i in indices])
 
     def tau(self, steps):
@@ -855,7 +855,7 @@ class Sampler:
         """x_0 of these images, float32 [N, 3, 32, 32]."""
         config = self.config
         if x_T is None:
-            x_T = self.noise(indices)
+            x_T = self.x_T(indices)
         generators = [rng((config.seed, ETA_NOISE, i)) for i in indices]
 
         def step_noise():
@@ -920,7 +920,7 @@ def trajectory(sampler):
     steps, count = config.steps, min(16, config.num_samples)
 
     def frames(indices):
-        x_T = sampler.noise(indices)
+        x_T = sampler.x_T(indices)
         seen = [to_uint8(x_T)]
         sampler.sample(indices, steps, x_T, on_step=lambda t, x_0: seen.append(to_uint8(x_0)))
         return torch.stack(seen, dim=1)
@@ -953,7 +953,7 @@ def interpolation(sampler):
     def between(indices):
         row, column = np.divmod(indices, columns)
         weight = torch.from_numpy(column / (columns - 1))
-        x_T = slerp(sampler.noise(2 * row), sampler.noise(2 * row + 1), weight)
+        x_T = slerp(sampler.x_T(2 * row), sampler.x_T(2 * row + 1), weight)
         return to_uint8(sampler.sample(indices, config.steps, x_T))
 
     images = compute_all(sampler, pairs * columns, between, config.steps, "interpolation")

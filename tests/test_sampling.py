@@ -269,7 +269,7 @@ def test_the_trajectory_goes_from_the_noise_through_ever_lower_t(grids, tmp_path
     images, layout = grids["ddim_trajectory.png"]
     tau = sampler.tau(4)[::-1]
     assert layout["column_labels"] == ["x_T"] + [f"t={t}" for t in tau] and layout["columns"] == 5
-    assert torch.equal(images.unflatten(0, (2, 5))[:, 0], to_uint8(sampler.noise([0, 1])))
+    assert torch.equal(images.unflatten(0, (2, 5))[:, 0], to_uint8(sampler.x_T([0, 1])))
 
 
 def test_the_reconstruction_error_is_the_mean_square_on_0_to_1(tmp_path):
@@ -294,7 +294,7 @@ def test_the_distance_of_consistency_is_that_of_the_final_images_on_0_to_1(grids
     sampler = sampler_of(Zero(), tau="uniform", num_samples=2, sample_steps=steps, out_dir=str(tmp_path))
     ddim_cifar.consistency(sampler)
     alphas = [sampler.schedule.alpha(1000 - 1000 // S) for S in steps]
-    ends = [(sampler.noise([0, 1]) / math.sqrt(alpha)).clamp(-1, 1) for alpha in alphas]
+    ends = [(sampler.x_T([0, 1]) / math.sqrt(alpha)).clamp(-1, 1) for alpha in alphas]
     distances = [float(row[1]) for row in table(tmp_path / "ddim_consistency.csv")]
     assert distances == pytest.approx([((end - ends[-1]) / 2).square().mean().item() for end in ends], rel=1e-3)
     assert distances[0] > distances[1] > distances[2] == 0
@@ -330,7 +330,7 @@ def test_diffusers_draws_our_pictures_from_exported_weights(export, checkpoints,
     ours = export("x.npz", "--export-weights", tmp_path / "weights", path=checkpoints[predict], steps=DIFFUSERS)
     pipeline = DDIMPipeline.from_pretrained(tmp_path / "weights", local_files_only=True)
     pipeline.set_progress_bar_config(disable=True)
-    x_T = sampler_of(Zero()).noise([0, 1])
+    x_T = sampler_of(Zero()).x_T([0, 1])
     monkeypatch.setattr("diffusers.pipelines.ddim.pipeline_ddim.randn_tensor", lambda *_, **__: x_T)
     theirs = pipeline(batch_size=2, num_inference_steps=3, output_type="np").images
     assert ((ours > 0) & (ours < 255)).mean() > 0.2
@@ -354,7 +354,7 @@ def three_lines(path, x_T):
 @pytest.mark.parametrize("predict", ["v", "eps"])
 def test_three_lines_lead_from_a_checkpoint_to_the_pictures_of_the_command(export, checkpoints, predict):
     pictures = export("x.npz", "--num-samples", "2", path=checkpoints[predict])
-    assert largest(three_lines(checkpoints[predict], sampler_of(Zero()).noise([0, 1])), pictures) <= 1
+    assert largest(three_lines(checkpoints[predict], sampler_of(Zero()).x_T([0, 1])), pictures) <= 1
 
 
 @pytest.fixture(scope="module")
@@ -372,7 +372,7 @@ def published(tmp_path_factory):
 
 def test_and_from_published_weights(export, published):
     pictures = export("x.npz", "--num-samples", "2", path=published[0])
-    assert largest(three_lines(published[0], sampler_of(Zero()).noise([0, 1])), pictures) <= 1
+    assert largest(three_lines(published[0], sampler_of(Zero()).x_T([0, 1])), pictures) <= 1
 
 
 def test_a_loaded_model_returns_eps(checkpoints, published):
