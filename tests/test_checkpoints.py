@@ -410,7 +410,7 @@ def test_published_weights_can_be_sampled_from_but_not_resumed(ddim, tmp_path):
 @pytest.mark.parametrize(
     ("signum", "stops", "iterations"),
     [
-        (signal.SIGKILL, 1, 6),
+        (signal.SIGKILL, 1, 3),
         pytest.param(signal.SIGKILL, 20, 15, marks=pytest.mark.slow),
         pytest.param(signal.SIGTERM, 20, 15, marks=pytest.mark.slow),
     ],

@@ -155,7 +155,10 @@ def test_weights_start_uniform_up_to_the_bound_of_their_variance(fresh):
     ids=str,
 )  # fmt: skip
 def test_sizes_that_do_not_fit_are_value_errors(sizes):
-    with pytest.raises(ValueError, match=r"^(channels|channel_mults|attn_resolutions) "), torch.device("meta"):
+    with (
+        pytest.raises(ValueError, match=r"^(channels|channel_mults|res_blocks|attn_resolutions) "),
+        torch.device("meta"),
+    ):
         UNet(**sizes)
 
 
