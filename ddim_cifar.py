@@ -744,7 +744,7 @@ def held_out_loss(predictor, images, runtime):
     schedule, device = predictor.schedule, runtime.device
     x_0 = to_float(images[:HELD_OUT].to(device))
     t = torch.arange(len(x_0), device=device) * schedule.timesteps // len(x_0)
-    eps = rng((0, VALIDATION)).standard_normal(x_0.shape, dtype=np.float32)  # of no seed: runs can be compared
+    eps = rng((0, VALIDATION)).standard_normal(x_0.shape, dtype=np.float32)  # whatever --seed is: runs can be compared
     eps = torch.from_numpy(eps).to(device)
     x_t = schedule.add_noise(x_0, eps, t).contiguous(memory_format=torch.channels_last)
 
@@ -1838,9 +1838,8 @@ def write_atomically(path, content, to_disk=True):
             if to_disk:
                 os.fsync(file.fileno())
         os.replace(temporary, path)
-        if to_disk:
-            with contextlib.suppress(OSError):  # not everywhere can a folder be forced to the disk
-                sync_folder(path.parent)
+        if to_disk and os.name == "posix":
+            sync_folder(path.parent)
     except (OSError, RuntimeError) as error:
         reason = error
         while reason.__context__ and not isinstance(reason, OSError):  # torch.save hides a full disk in RuntimeErrors
@@ -1852,10 +1851,13 @@ def write_atomically(path, content, to_disk=True):
 
 
 def sync_folder(folder):
-    """Force a rename in this folder to the disk."""
+    """Force a rename in this folder to the disk, where the file system can do that."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
     finally:
         os.close(handle)
 

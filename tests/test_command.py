@@ -1,9 +1,12 @@
 """The command as users run it: the files it leaves, mistakes and misfortunes, signals."""
 
+import contextlib
+import errno
 import math
 import os
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import threading
@@ -169,6 +172,7 @@ def test_a_compiled_run_is_resumed_to_the_same_bits(ddim, tmp_path, load, precis
         ("--out-dir {}/file/out", ["--out-dir", "file/out"]),
         ("--export {}/file/x.npz", ["--export", "file"]),
         ("--export-weights {}/file/w", ["--export-weights", "file"]),
+        ("--export /proc/x.npz", ["--export", "/proc"]),  # a folder that exists and takes no files
     ],
 )
 def test_a_wrong_path_is_explained_in_one_line(ddim, tmp_path, flags, words):
@@ -218,6 +222,18 @@ def test_of_several_checkpoints_the_longest_is_protected(ddim, tmp_path, checkpo
     monkeypatch.setattr(type(tmp_path), "glob", lambda folder, pattern: iter(paths if pattern.endswith("pth") else ()))
     result = ddim("--iterations", "2")
     assert result.code == 2 and "a finished run, of 3 steps" in result.err
+
+
+def test_a_folder_that_cannot_be_forced_to_the_disk_is_no_error_but_a_failing_disk_is(tmp_path, monkeypatch):
+    for number, fails in ((errno.EINVAL, False), (errno.EIO, True)):
+
+        def fsync(handle, number=number):
+            if stat.S_ISDIR(os.fstat(handle).st_mode):
+                raise OSError(number, os.strerror(number))
+
+        monkeypatch.setattr(os, "fsync", fsync)
+        with pytest.raises(ddim_cifar.UserError, match="cannot write") if fails else contextlib.nullcontext():
+            ddim_cifar.write_atomically(tmp_path / "x", "text")
 
 
 @pytest.mark.parametrize("fails", ["while_writing", "while_renaming"])

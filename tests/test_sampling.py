@@ -392,6 +392,13 @@ def test_published_weights_are_for_sampling_only(ddim, published, tmp_path):
     assert result.code == 2 and "--sample" in result.err
 
 
+def test_without_export_a_gridful_is_drawn_and_said_so(ddim, checkpoint, tmp_path):
+    result = ddim(
+        "--sample", checkpoint, "--sample-steps", "1", "--precision", "fp32", "--num-samples", "257", flags=[]
+    )
+    assert result.code == 0 and "drawing 256 images" in result.out and "all 257" in result.out
+
+
 def test_samples_that_are_not_finite_end_the_command_and_nothing_is_exported(ddim, checkpoint, load, tmp_path):
     broken = load(checkpoint)
     broken["ema"]["conv_out.bias"][:] = 3e38
