@@ -1333,6 +1333,7 @@ class Log:
     """ddim_log.csv, a row per step. Steps are added as they are taken, and fetched and written several at a time."""
 
     columns = ("step", "epoch", "loss", "val_loss", "lr", "grad_norm", "images_per_s", "seconds")
+    row = re.compile(r"\d+,(?:[^,]*,){6}\d+(?:\.\d+)?(?:e[+-]\d+)?\n", re.ASCII)
 
     def __init__(self, config, step):
         """Open the file to append to it. Rows after `step`, where a run resumes, are dropped."""
@@ -1350,13 +1351,13 @@ class Log:
         self.restart_clock()
 
     def read(self, path, step):
-        """The rows up to this step. A row that was cut short, even inside its last field, is dropped."""
+        """The rows up to this step. A row that was cut short, even inside its last field, or edited, is dropped."""
         if not path.is_file():
             return []
         lines = path.read_text(errors="replace").splitlines(keepends=True)
-        rows = [line[:-1].split(",") for line in lines if line.endswith("\n")]
-        whole = [row for row in rows if len(row) == len(self.columns) and row[0].isdigit()]
-        return [row for row in whole if int(row[0]) <= step]
+        whole = [line for line in lines if self.row.fullmatch(line)]
+        rows = [line.strip().split(",") for line in whole]
+        return [row for row in rows if int(row[0]) <= step]
 
     def restart_clock(self):
         self.clock = time.monotonic()

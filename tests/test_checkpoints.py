@@ -96,8 +96,10 @@ def test_rows_logged_behind_the_checkpoint_are_written_once(ddim, tmp_path, colu
     assert [step for (step,) in columns(tmp_path, "step")] == ["1", "2", "3", "4"] and "9.0" not in log.read_text()
 
 
-@pytest.mark.parametrize("cut", ["2,1,0.5,,1e-3,1,9,12.", "2,1,0.5,,1e", "2", "2,1,0.5,,1e-3,1,9,"])
-def test_a_row_that_was_cut_short_is_dropped_and_the_seconds_go_on(tmp_path, cut):
+@pytest.mark.parametrize(
+    "cut", ["2,1,0.5,,1e-3,1,9,12.", "2,1,0.5,,1e", "2", "2,1,0.5,,1e-3,1,9,", "2,1,0.5,,1e-3,1,9,00:12\n"]
+)
+def test_a_row_that_was_cut_short_or_edited_is_dropped_and_the_seconds_go_on(tmp_path, cut):
     kept = "step,epoch,loss,val_loss,lr,grad_norm,images_per_s,seconds\n1,1,0.5,,1e-3,1,9,10.5\n"
     (tmp_path / "ddim_log.csv").write_text(kept + cut)
     log = ddim_cifar.Log(ddim_cifar.Config(out_dir=str(tmp_path)), step=2)
