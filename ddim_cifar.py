@@ -103,7 +103,7 @@ class Config:
     batch_size: int = flag(TRAINING, 32, "images per step, over all processes", least=1)
     micro_batch: int = flag(TRAINING, None, "images per forward pass [all]: less memory, the same step", least=1)
     predict: str = flag(TRAINING, "v", "what the network's output stands for", choices=("v", "eps"))
-    t_sampling: str = flag(TRAINING, None, "how t is drawn [importance with v]", choices=("importance", "uniform"))
+    t_sampling: str = flag(TRAINING, None, "[importance with v, else uniform]", choices=("importance", "uniform"))
     optimizer: str = flag(TRAINING, "muon", "muon: on weight matrices, Adam on the rest", choices=("muon", "adam"))
     recipe: str = flag(TRAINING, "default", "paper: the defaults of DDPM", choices=tuple(RECIPES))
     lr: float = flag(TRAINING, None, "learning rate [0.0025 with muon, 0.0002 with adam]", least=1e-9)
@@ -127,7 +127,7 @@ class Config:
     beta_end: float = flag(SCHEDULE, 0.02, "last beta", least=1e-9, most=0.999)
 
     num_samples: int = flag(SAMPLING, 16, "images to draw", least=1)
-    sample_steps: tuple = flag(SAMPLING, (), "S [50]; the last of several", least=1, nargs="+", metavar="S")
+    sample_steps: tuple = flag(SAMPLING, (), "S [50]; samples take the last", least=1, nargs="+", metavar="S")
     tau: str = flag(SAMPLING, "quadratic", "which S of the T timesteps", choices=TAUS)
     order: int = flag(SAMPLING, 1, "2: Adams-Bashforth steps at the same cost, no longer plain DDIM", choices=(1, 2))
     eta: float = flag(SAMPLING, 0.0, "0: DDIM, deterministic; 1: DDPM", least=0, most=1)
