@@ -129,7 +129,7 @@ class Config:
     num_samples: int = flag(SAMPLING, 16, "images to draw", least=1)
     sample_steps: tuple = flag(SAMPLING, (), "S [50]; samples take the last", least=1, nargs="+", metavar="S")
     tau: str = flag(SAMPLING, "quadratic", "which S of the T timesteps", choices=TAUS)
-    order: int = flag(SAMPLING, 1, "2: Adams-Bashforth steps at the same cost, no longer plain DDIM", choices=(1, 2))
+    order: int = flag(SAMPLING, 1, "2: DPM-Solver++(2M), better at the same cost, no longer plain DDIM", choices=(1, 2))
     eta: float = flag(SAMPLING, 0.0, "0: DDIM, deterministic; 1: DDPM", least=0, most=1)
     clip_x0: bool = flag(SAMPLING, False, "clamp each predicted x_0 to [-1, 1]")
     no_ema: bool = flag(SAMPLING, False, "sample with the weights themselves, not their average")
@@ -284,32 +284,35 @@ def ddim_sample(model, x_T, schedule, tau, eta=0.0, *, order=1, clip_x0=False, n
     """Walk from x_T to x_0 along tau (Eq. 12). Deterministic for eta = 0; eta = 1 has the variance of DDPM (Eq. 16).
 
     model: any callable (x [N, ...], t int64 [N]) -> eps [N, ...]. x_T: [N, ...], float32 or float64: the state's dtype.
-    tau: ascending timesteps, as from ddim_timesteps. order: 2 is a second-order step at the same number of network
-    evaluations, for eta = 0 only. clip_x0: clamp each predicted x_0 to [-1, 1] and derive eps again. noise(): standard
-    normal [N, ...] for eta > 0; None: torch.randn_like. on_step(t, x_0): called at each step with the predicted x_0.
-    Returns x_0 like x_T. ValueError for eta outside [0, 1], order outside 1..2, or order 2 with eta > 0.
+    tau: ascending timesteps, as from ddim_timesteps. order: 2 is DPM-Solver++(2M) (arXiv 2211.01095, Algorithm 2), at
+    the same number of network evaluations, for eta = 0 only. clip_x0: clamp each predicted x_0 to [-1, 1]. noise():
+    standard normal [N, ...] for eta > 0; None: torch.randn_like. on_step(t, x_0): called at each step with the
+    predicted x_0. Returns x_0 like x_T. ValueError for eta outside [0, 1], order outside 1..2, or order 2 with eta > 0.
     """
     if not 0 <= eta <= 1 or order not in (1, 2) or (order == 2 and eta > 0):
         raise ValueError(f"eta must be in [0, 1], order 1 or 2, and order 2 needs eta 0; not eta {eta}, order {order}")
 
     x_t = x_T
-    eps_before = h_before = None
+    x_0_before = h_before = None
     for t, t_prev in reversed(list(zip(tau, [-1, *tau[:-1]]))):
         alpha, alpha_prev = schedule.alpha(t), schedule.alpha(t_prev)
         eps = model(x_t, x_t.new_full((len(x_t),), t, dtype=torch.int64)).to(x_t.dtype)
-
-        # Second order: Adams-Bashforth for d(x_t / sqrt(alpha_t)) = eps d sigma (Eq. 14), over uneven steps.
-        if order == 2:
-            eps_here = eps
-            h = schedule.noise_ratio(t_prev) - schedule.noise_ratio(t)
-            if eps_before is not None:
-                eps = eps_here + h / (2 * h_before) * (eps_here - eps_before)
-            eps_before, h_before = eps_here, h
 
         # Predict x_0 (Eq. 9).
         x_0 = (x_t - math.sqrt(1 - alpha) * eps) / math.sqrt(alpha)
         if clip_x0:
             x_0 = x_0.clamp(-1, 1)
+        if on_step:
+            on_step(t, x_0)
+
+        # Second order: x_0 as it will be in the middle of the step, if it goes on changing with log sigma as before.
+        if order == 2 and t_prev >= 0:
+            x_0_here = x_0
+            h = math.log(schedule.noise_ratio(t) / schedule.noise_ratio(t_prev))
+            if x_0_before is not None:
+                x_0 = x_0_here + h / (2 * h_before) * (x_0_here - x_0_before)
+            x_0_before, h_before = x_0_here, h
+        if clip_x0 or order == 2:
             eps = (x_t - math.sqrt(alpha) * x_0) / math.sqrt(1 - alpha)
 
         # Step to t_prev (Eq. 12), with new noise of the variance of Eq. 16 if eta > 0.
@@ -317,8 +320,6 @@ def ddim_sample(model, x_T, schedule, tau, eta=0.0, *, order=1, clip_x0=False, n
         x_t = math.sqrt(alpha_prev) * x_0 + math.sqrt(max(0.0, 1 - alpha_prev - sigma**2)) * eps
         if sigma > 0:
             x_t += sigma * (noise() if noise else torch.randn_like(x_t))
-        if on_step:
-            on_step(t, x_0)
     return x_t
 
 
@@ -1080,12 +1081,12 @@ def orthogonalize(matrices, iterations=5):
 
 
 def make_optimizers(model, name, lr):
-    """[Muon for weight matrices, Adam for the rest], or [Adam]. Matrices have at least 64 rows and columns."""
+    """[Muon for weight matrices, Adam for the rest], or [Adam]. Matrices have at least 32 rows and columns."""
     if name == "adam":
         return [torch.optim.Adam(model.parameters(), lr=lr, fused=True)]
     matrices, others = [], []
     for parameter in model.parameters():
-        is_matrix = parameter.ndim >= 2 and min(len(parameter), parameter[0].numel()) >= 64
+        is_matrix = parameter.ndim >= 2 and min(len(parameter), parameter[0].numel()) >= 32
         (matrices if is_matrix else others).append(parameter)
     optimizers = [Muon(matrices, lr)] if matrices else []
     return [*optimizers, torch.optim.Adam(others, lr=lr, fused=True)]
