@@ -404,6 +404,7 @@ def test_the_error_falls_with_the_order_promised(error, order):
     assert slope == pytest.approx(order, abs=0.15), errors
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of numpy, inside diffusers
 @pytest.mark.parametrize("tau", TAUS)
 @pytest.mark.parametrize("steps", [1, 2, 3, 10, 20])
 def test_order_2_is_diffusers_dpm_solver(tau, steps):
