@@ -129,7 +129,7 @@ class Config:
     num_samples: int = flag(SAMPLING, 16, "images to draw", least=1)
     sample_steps: tuple = flag(SAMPLING, (), "S [50]; samples take the last", least=1, nargs="+", metavar="S")
     tau: str = flag(SAMPLING, "quadratic", "which S of the T timesteps", choices=TAUS)
-    order: int = flag(SAMPLING, 1, "2: DPM-Solver++(2M), better at the same cost, no longer plain DDIM", choices=(1, 2))
+    order: int = flag(SAMPLING, 1, "2: DPM-Solver++(2M), at the same cost, no longer plain DDIM", choices=(1, 2))
     eta: float = flag(SAMPLING, 0.0, "0: DDIM, deterministic; 1: DDPM", least=0, most=1)
     clip_x0: bool = flag(SAMPLING, False, "clamp each predicted x_0 to [-1, 1]")
     no_ema: bool = flag(SAMPLING, False, "sample with the weights themselves, not their average")
@@ -285,9 +285,10 @@ def ddim_sample(model, x_T, schedule, tau, eta=0.0, *, order=1, clip_x0=False, n
 
     model: any callable (x [N, ...], t int64 [N]) -> eps [N, ...]. x_T: [N, ...], float32 or float64: the state's dtype.
     tau: ascending timesteps, as from ddim_timesteps. order: 2 is DPM-Solver++(2M) (arXiv 2211.01095, Algorithm 2), at
-    the same number of network evaluations, for eta = 0 only. clip_x0: clamp each predicted x_0 to [-1, 1]. noise():
-    standard normal [N, ...] for eta > 0; None: torch.randn_like. on_step(t, x_0): called at each step with the
-    predicted x_0. Returns x_0 like x_T. ValueError for eta outside [0, 1], order outside 1..2, or order 2 with eta > 0.
+    the same number of network evaluations, for eta = 0 only; uniform steps are uneven in log sigma and suit it least.
+    clip_x0: clamp each predicted x_0 to [-1, 1]. noise(): standard normal [N, ...] for eta > 0; None: torch.randn_like.
+    on_step(t, x_0): called at each step with the predicted x_0. Returns x_0 like x_T. ValueError for eta outside
+    [0, 1], order outside 1..2, or order 2 with eta > 0.
     """
     if not 0 <= eta <= 1 or order not in (1, 2) or (order == 2 and eta > 0):
         raise ValueError(f"eta must be in [0, 1], order 1 or 2, and order 2 needs eta 0; not eta {eta}, order {order}")
