@@ -118,9 +118,12 @@ def wait_until():
 
 def pytest_addoption(parser):
     parser.addoption("--slow", action="store_true", help="run the long torture tests, too")
+    parser.addoption("--on", default="cpu", metavar="DEVICE", help="where the command's tests run: cuda, mps, cpu [cpu]")
 
 
 def pytest_configure(config):
+    for flags in (NETWORK, TINY):
+        flags[flags.index("--device") + 1] = config.getoption("--on")
     config.addinivalue_line("markers", "slow: minutes long; runs with --slow only")
 
 
