@@ -361,7 +361,32 @@ def slerp(a, b, weight):
 # ---- UNet ------------------------------------------------------------------------------------------------------------
 # DDPM, App. B. Parameters carry the names of the published weights (diffusers' UNet2DModel): either loads the other's.
 
-group_norm = functools.partial(nn.GroupNorm, 32, eps=1e-6)
+
+class GroupNorm(nn.GroupNorm):
+    """Of 32 groups."""
+
+    def __init__(self, channels):
+        super().__init__(32, channels, eps=1e-6)
+
+    def forward(self, x):  # [N, C, H, W]
+        if x.is_cuda and torch.compiler.is_compiling():
+            return self.by_channels(x)
+        return super().forward(x)
+
+    def by_channels(self, x):
+        """The same from the moments of each channel: a group's values lie apart in channels_last memory.
+
+        In a compiled network on a GPU this is 1.18 times as fast in sampling (H200); uncompiled, it is slower.
+        """
+        x = x.to(self.weight.dtype)
+        moments = x.mean((2, 3)), x.square().mean((2, 3))
+        mean, mean_square = [moment.unflatten(1, (self.num_groups, -1)).mean(2, keepdim=True) for moment in moments]
+        var = (mean_square - mean.square()).clamp(min=0)
+
+        scale = self.weight.unflatten(0, (self.num_groups, -1)) * (var + self.eps).rsqrt()  # [N, 32, C/32]
+        shift = self.bias.unflatten(0, (self.num_groups, -1)) - scale * mean
+        scale, shift = [value.flatten(1)[:, :, None, None] for value in (scale, shift)]
+        return x * scale + shift
 
 
 def sinusoidal_embedding(t, dim):
@@ -377,10 +402,10 @@ def sinusoidal_embedding(t, dim):
 class ResBlock(nn.Module):
     def __init__(self, c_in, c_out, c_time, dropout):
         super().__init__()
-        self.norm1 = group_norm(c_in)
+        self.norm1 = GroupNorm(c_in)
         self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
         self.time_emb_proj = nn.Linear(c_time, c_out)
-        self.norm2 = group_norm(c_out)
+        self.norm2 = GroupNorm(c_out)
         self.dropout = nn.Dropout(dropout)
         self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
         self.conv_shortcut = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
@@ -398,7 +423,7 @@ class Attention(nn.Module):
 
     def __init__(self, channels):
         super().__init__()
-        self.group_norm = group_norm(channels)
+        self.group_norm = GroupNorm(channels)
         self.to_q = nn.Linear(channels, channels)
         self.to_k = nn.Linear(channels, channels)
         self.to_v = nn.Linear(channels, channels)
@@ -503,7 +528,7 @@ class UNet(nn.Module):
             self.up_blocks.append(Stage(inputs, width, c_time, dropout, [attends] * (res_blocks + 1), upsamplers=up))
             below = width
 
-        self.conv_norm_out = group_norm(below)
+        self.conv_norm_out = GroupNorm(below)
         self.conv_out = nn.Conv2d(below, 3, 3, padding=1)
         self.initialize()
 
@@ -1035,50 +1060,60 @@ class Muon(torch.optim.Optimizer):
     def step(self):
         (group,) = self.param_groups
         lr, momentum = group["lr"], group["momentum"]
+        bad = self.found_inf.to(group["params"][0].device) > 0
         stacks = {}
         for weight in group["params"]:
             stacks.setdefault(weight.shape, []).append(weight)
+            if not self.state[weight]:
+                self.state[weight]["momentum"] = torch.zeros_like(weight)
 
+        # Momentum. Weights of one shape are stacked, so that a GPU sees few kernels.
+        pending = []
         for weights in stacks.values():
-            # Stack the weights of one shape, so that a GPU sees few kernels. Columns are in the order of channels_last.
-            views = [weight.movedim(1, -1) for weight in weights]
-            buffers = [self.state[weight].setdefault("momentum", torch.zeros_like(weight)) for weight in weights]
-            buffers = [buffer.movedim(1, -1) for buffer in buffers]
-            gradient = torch.stack([weight.grad.movedim(1, -1).flatten(1) for weight in weights])  # [K, out, in k k]
+            views = [weight.movedim(1, -1) for weight in weights]  # columns in the order of channels_last
+            buffers = [self.state[weight]["momentum"].movedim(1, -1) for weight in weights]
+            gradient = torch.stack([weight.grad.movedim(1, -1).flatten(1) for weight in weights])  # [K, out, k k in]
             average = torch.stack([buffer.flatten(1) for buffer in buffers])
-
-            # Nesterov momentum.
-            bad = self.found_inf.to(gradient.device) > 0
             gradient = torch.where(bad, 0.0, gradient)
             average = torch.where(bad, average, average.lerp(gradient, 1 - momentum))
-            direction = orthogonalize(gradient.lerp(average, momentum))
-
-            # 0.2 sqrt(max(out, in)) gives the step the root mean square of a step of Adam.
-            size = torch.where(bad, 0.0, -lr * 0.2 * math.sqrt(max(direction.shape[1:])))
-            torch._foreach_add_(views, list((size * direction).view(len(weights), *views[0].shape)))
             torch._foreach_copy_(buffers, list(average.view(len(weights), *views[0].shape)))
+            pending.append((views, gradient.lerp(average, momentum)))  # Nesterov's
+
+        # The step. 0.2 sqrt(max(out, k k in)) gives it the root mean square of a step of Adam.
+        directions = orthogonalize([direction for _, direction in pending])
+        for (views, _), direction in zip(pending, directions):
+            size = ~bad * (-0.2 * lr * math.sqrt(max(direction.shape[1:])))
+            torch._foreach_add_(views, list((size * direction).view(len(views), *views[0].shape)))
 
 
-def orthogonalize(matrices, iterations=5):
+def orthogonalize(stacks, iterations=5):
     """The singular vectors of each matrix with singular values near 1: the quintic Newton-Schulz iteration of Muon.
 
-    matrices: float32 [K, m, n]. The iteration X <- (a + b A + c A^2) X, A = X X^T, runs on the small A alone, and is
-    applied to X once at the end: the same result for a third of the products.
+    stacks: float32 [K, m, n] each; so is the result. The iteration X <- (a + b A + c A^2) X, A = X X^T, runs on the
+    small A alone, for all matrices of one m at a time, and is applied to X once at the end: the same result for a third
+    of the products.
     """
-    tall = matrices.shape[1] > matrices.shape[2]
-    x = matrices.mT if tall else matrices
-    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-30)
+    wide = [stack.mT if stack.shape[1] > stack.shape[2] else stack for stack in stacks]
+    wide = [x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-30) for x in wide]
+    for m in {x.shape[1] for x in wide}:
+        members = [i for i, x in enumerate(wide) if x.shape[1] == m]
+        product = newton_schulz(torch.cat([wide[i] @ wide[i].mT for i in members]), iterations)
+        for i, own in zip(members, product.split([len(wide[i]) for i in members])):
+            wide[i] = own @ wide[i]
+    return [x.mT if stack.shape[1] > stack.shape[2] else x for x, stack in zip(wide, stacks)]
+
+
+def newton_schulz(gram, iterations):
+    """The product of the iteration's factors a + b A + c A^2. gram: the first A, [K, m, m]."""
     a, b, c = 3.4445, -4.7750, 2.0315
-    gram = x @ x.mT
     product = None
     for to_go in reversed(range(iterations)):
-        factor = b * gram + c * gram @ gram
+        factor = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
         factor.diagonal(dim1=1, dim2=2).add_(a)
         product = factor if product is None else factor @ product
         if to_go:
             gram = factor @ gram @ factor
-    x = product @ x
-    return x.mT if tall else x
+    return product
 
 
 def make_optimizers(model, name, lr):
@@ -2157,7 +2192,7 @@ class Runtime:
             return network
         if self.compile == "auto":
             gains = self.device.type == "cuda" or self.precision == "bf16"  # a CPU in fp32: 3 %
-            enough = 2000 if self.device.type == "cuda" else 1000
+            enough = 4000 if self.device.type == "cuda" else 1000  # compiling takes 1 to 2 minutes, eager steps 0.07 s
             if not (gains and evaluations >= enough and can_compile(self.device)):
                 return network
         say("compiling the network, which may take a minute or two")

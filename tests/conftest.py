@@ -19,7 +19,8 @@ import ddim_cifar
 
 SCRIPT = Path(ddim_cifar.__file__)
 NETWORK = ["--channels", "32", "--channel-mults", "1", "2", "--res-blocks", "1", "--attn-resolutions", "16"]
-NETWORK += ["--device", "cpu", "--compile", "off"]
+DEVICE = ["--device", "cpu"]
+NETWORK += [*DEVICE, "--compile", "off"]
 TINY = [*NETWORK, "--dataset", "synthetic", "--batch-size", "4", "--sample-steps", "2", "--precision", "fp32"]
 Result = collections.namedtuple("Result", "code out err")
 
@@ -30,7 +31,7 @@ class Command:
     flags=[] or another list replaces those of the tiny network. ddim.start and ddim.torchrun run it in other processes.
     """
 
-    script, network, tiny = SCRIPT, NETWORK, TINY
+    script, device, network, tiny = SCRIPT, DEVICE, NETWORK, TINY
 
     def __init__(self, folder, capfd):
         self.folder, self.capfd, self.processes = folder, capfd, []
@@ -118,11 +119,11 @@ def wait_until():
 
 def pytest_addoption(parser):
     parser.addoption("--slow", action="store_true", help="run the long torture tests, too")
-    parser.addoption("--on", default="cpu", metavar="DEVICE", help="where the command's tests run: cuda, mps, cpu [cpu]")
+    parser.addoption("--on", default="cpu", metavar="DEVICE", help="where the command runs: cuda, mps, cpu [cpu]")
 
 
 def pytest_configure(config):
-    for flags in (NETWORK, TINY):
+    for flags in (DEVICE, NETWORK, TINY):
         flags[flags.index("--device") + 1] = config.getoption("--on")
     config.addinivalue_line("markers", "slow: minutes long; runs with --slow only")
 

@@ -15,7 +15,6 @@ from PIL import Image
 import ddim_cifar
 from ddim_cifar import UNet, UserError, load_checkpoint, parse_args
 
-CPU = ["--device", "cpu"]
 ONE, FOUR = ["--num-samples", "1"], ["--num-samples", "4"]
 DROPOUT = ["--dropout", "0.3", "--warmup", "5", "--lr", "1e-3"]
 ZEROS = ["--dropout", "0", "--warmup", "0", "--ema-decay", "0", "--attn-resolutions"]
@@ -67,7 +66,7 @@ def test_resuming_equals_never_having_stopped(ddim, tmp_path, load, columns, ass
     ddim(*recipe, "--epochs", "3", "--iterations", "2", *FOUR, out_dir=whole)
     ddim(*recipe, "--epochs", "1", "--iterations", "2", *FOUR, out_dir=parts)
     last = parts / "ddim_model_final.pth"
-    result = ddim("--resume", last, "--epochs", "3", flags=CPU, out_dir=parts)
+    result = ddim("--resume", last, "--epochs", "3", flags=ddim.device, out_dir=parts)
     assert result.code == 0 and "2 done, 4 to go" in result.out, result.err
     assert_same_training(whole / "ddim_model_final.pth", last)
     assert columns(whole, *LOGGED) == columns(parts, *LOGGED)
@@ -84,7 +83,7 @@ def test_moments_of_another_memory_layout_resume_alike(ddim, tmp_path, checkpoin
     torch.save({**saved, "optimizer": moments}, tmp_path / "contiguous.pth")
     more = ["--iterations", "1", "--epochs", "21", *ONE]
     for path in (checkpoint, tmp_path / "contiguous.pth"):
-        assert ddim("--resume", path, *more, flags=CPU, out_dir=tmp_path / path.stem).code == 0
+        assert ddim("--resume", path, *more, flags=ddim.device, out_dir=tmp_path / path.stem).code == 0
     assert_same_training(*(tmp_path / name / "ddim_model_final.pth" for name in ("ddim_model_final", "contiguous")))
 
 
@@ -92,7 +91,7 @@ def test_rows_logged_behind_the_checkpoint_are_written_once(ddim, tmp_path, colu
     ddim("--epochs", "1", "--iterations", "2", *ONE)
     log = tmp_path / "ddim_log.csv"
     log.write_text(log.read_text() + "3,2,9.0,,9,9,9,9\n4,2,9.")
-    ddim("--resume", "auto", "--epochs", "2", flags=CPU)
+    ddim("--resume", "auto", "--epochs", "2", flags=ddim.device)
     assert [step for (step,) in columns(tmp_path, "step")] == ["1", "2", "3", "4"] and "9.0" not in log.read_text()
 
 
@@ -110,7 +109,7 @@ def test_a_row_that_was_cut_short_or_edited_is_dropped_and_the_seconds_go_on(tmp
 def test_a_log_that_is_gone_is_begun_anew(ddim, tmp_path, columns):
     ddim("--epochs", "1", *ONE)
     (tmp_path / "ddim_log.csv").unlink()
-    assert ddim("--resume", "auto", "--epochs", "2", flags=CPU).code == 0
+    assert ddim("--resume", "auto", "--epochs", "2", flags=ddim.device).code == 0
     assert columns(tmp_path, "step") == [["2"]]
 
 
@@ -182,7 +181,7 @@ def test_code_in_a_file_is_not_run(ddim, tmp_path, checkpoint, load):
     (tmp_path / "pickle.pth").write_bytes(pickle.dumps(Malice(trace)))
     for name in ("zip.pth", "pickle.pth"):
         for mode in ("--sample", "--resume"):
-            result = ddim(mode, tmp_path / name, flags=CPU)
+            result = ddim(mode, tmp_path / name, flags=ddim.device)
             (line,) = result.err.splitlines()
             assert result.code == 2 and "nothing of it was run" in line
     assert not trace.exists()
@@ -244,7 +243,7 @@ def without_moments_of(name):
 )
 def test_what_is_wrong_in_a_checkpoint_is_said_in_one_line(ddim, tmp_path, checkpoint, load, change, word):
     torch.save(change(load(checkpoint)), tmp_path / "x.pth")
-    result = ddim("--resume", tmp_path / "x.pth", "--epochs", "2", *ONE, flags=CPU)
+    result = ddim("--resume", tmp_path / "x.pth", "--epochs", "2", *ONE, flags=ddim.device)
     (line,) = result.err.splitlines()
     assert result.code == 2 and f"checkpoint {tmp_path / 'x.pth'}: " in line and word in line
 
@@ -380,8 +379,8 @@ def test_a_checkpoint_of_format_1_resumes_and_samples_as_its_translation_does(
     few = ["--num-samples", "2", "--sample-steps", "2"]
     for name in ("old", "new"):
         path, folder = tmp_path / f"{name}.pth", tmp_path / name
-        assert ddim("--sample", path, *few, "--export", folder / "x.npz", flags=CPU, out_dir=folder).code == 0
-        result = ddim("--resume", path, "--epochs", "2", *few, flags=CPU, out_dir=folder)
+        assert ddim("--sample", path, *few, "--export", folder / "x.npz", flags=ddim.device, out_dir=folder).code == 0
+        result = ddim("--resume", path, "--epochs", "2", *few, flags=ddim.device, out_dir=folder)
         assert result.code == 0 and "2 done, 2 to go" in result.out, result.err
     a, b = (np.load(tmp_path / name / "x.npz")["arr_0"] for name in ("old", "new"))
     assert np.array_equal(a, b)
@@ -396,12 +395,12 @@ def test_published_weights_can_be_sampled_from_but_not_resumed(ddim, tmp_path):
     assert ddim("--predict", "eps", "--iterations", "2", *ONE).code == 0
     final, published = tmp_path / "ddim_model_final.pth", tmp_path / "published.bin"
     torch.save(load_checkpoint(final, "cpu")["ema"], published)
-    result = ddim("--resume", published, flags=CPU)
+    result = ddim("--resume", published, flags=ddim.device)
     (line,) = result.err.splitlines()
     assert result.code == 2 and "cannot be resumed, only used with --sample" in line
     few, images = ["--num-samples", "2", "--sample-steps", "2", "--export"], []
     for path in (final, published):
-        assert ddim("--sample", path, *few, tmp_path / f"{path.stem}.npz", flags=CPU).code == 0
+        assert ddim("--sample", path, *few, tmp_path / f"{path.stem}.npz", flags=ddim.device).code == 0
         images.append(np.load(tmp_path / f"{path.stem}.npz")["arr_0"])
     assert np.array_equal(*images)
 
@@ -503,6 +502,6 @@ def test_a_finished_run_goes_on_with_an_export_that_was_stopped(ddim, tmp_path):
     kept, lost = folder / "00000.png", folder / "00002.png"
     before, content = kept.stat().st_mtime_ns, lost.read_bytes()
     lost.unlink()
-    result = ddim("--resume", "auto", "--export", folder, flags=CPU)
+    result = ddim("--resume", "auto", "--export", folder, flags=ddim.device)
     assert result.code == 0 and "1 done, 0 to go" in result.out, result.err
     assert lost.read_bytes() == content and kept.stat().st_mtime_ns == before

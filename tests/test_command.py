@@ -19,7 +19,6 @@ from PIL import Image
 
 import ddim_cifar
 
-CPU = ["--device", "cpu"]
 ONE = ["--num-samples", "1"]
 
 
@@ -65,7 +64,7 @@ def test_training_leaves_every_promised_file(ddim, tmp_path, load, read_log):
 
 def test_sampling_takes_the_network_from_the_checkpoint(ddim, tmp_path, checkpoint):
     flags = ["--num-samples", "5", "--sample-steps", "3", "--export", tmp_path / "x.npz"]
-    result = ddim("--sample", checkpoint, *flags, flags=CPU)
+    result = ddim("--sample", checkpoint, *flags, flags=ddim.device)
     assert result.code == 0, result.err
     with np.load(tmp_path / "x.npz") as archive:
         assert archive["arr_0"].shape == (5, 32, 32, 3) and archive["arr_0"].dtype == np.uint8
@@ -75,7 +74,7 @@ def test_sampling_takes_the_network_from_the_checkpoint(ddim, tmp_path, checkpoi
 def drawn(ddim, path, checkpoint, *flags):
     """The images drawn with these flags, as int [N, 32, 32, 3]."""
     few = ["--num-samples", "4", "--sample-steps", "3", "--export", path]
-    assert ddim("--sample", checkpoint, *few, *flags, flags=CPU).code == 0
+    assert ddim("--sample", checkpoint, *few, *flags, flags=ddim.device).code == 0
     return np.load(path)["arr_0"].astype(int)
 
 
@@ -142,7 +141,8 @@ def test_a_compiled_network_trains_and_samples_as_the_network_itself_does(ddim, 
     assert losses[0] == pytest.approx(losses[1], rel=1e-3) and np.abs(images[0] - images[1]).max() <= 2
     off, on = (load(tmp_path / choice / "ddim_model_final.pth") for choice in ("off", "on"))
     assert all(off[part].keys() == on[part].keys() for part in ("model", "ema", "optimizer"))
-    assert ddim("--resume", "auto", "--compile", "off", "--epochs", "2", flags=CPU, out_dir=tmp_path / "on").code == 0
+    result = ddim("--resume", "auto", "--compile", "off", "--epochs", "2", flags=ddim.device, out_dir=tmp_path / "on")
+    assert result.code == 0
 
 
 @pytest.mark.slow
@@ -152,7 +152,7 @@ def test_a_compiled_run_is_resumed_to_the_same_bits(ddim, tmp_path, load, precis
     flags = ["--epochs", "4", "--save-every", "1", "--compile", "on", "--precision", precision]
     assert ddim(*flags, "--channel-mults", "1", "--attn-resolutions", out_dir=tmp_path / "a").code == 0
     middle = tmp_path / "a" / "ddim_model_epoch_2.pth"
-    assert ddim("--resume", middle, flags=CPU, out_dir=tmp_path / "b").code == 0
+    assert ddim("--resume", middle, flags=ddim.device, out_dir=tmp_path / "b").code == 0
     whole, resumed = (load(tmp_path / name / "ddim_model_final.pth") for name in "ab")
     for part in ("model", "ema"):
         assert all(torch.equal(value, resumed[part][name]) for name, value in whole[part].items())
@@ -178,7 +178,7 @@ def test_a_compiled_run_is_resumed_to_the_same_bits(ddim, tmp_path, load, precis
 def test_a_wrong_path_is_explained_in_one_line(ddim, tmp_path, flags, words):
     (tmp_path / "file").touch()
     flags = [flag.format(tmp_path) for flag in flags.split()]
-    result = ddim(*flags, flags=CPU if "--sample" in flags else ddim.tiny)
+    result = ddim(*flags, flags=ddim.device if "--sample" in flags else ddim.tiny)
     (line,) = result.err.splitlines()
     assert result.code == 2 and all(word in line for word in words), line
 
@@ -299,7 +299,7 @@ def test_out_of_memory_in_training_says_what_to_try(ddim, monkeypatch):
 
 def test_memory_that_does_not_suffice_for_one_image_is_explained(ddim, checkpoint, monkeypatch):
     exhaust_memory(monkeypatch)
-    result = ddim("--sample", checkpoint, "--num-samples", "4", "--sample-steps", "2", flags=CPU)
+    result = ddim("--sample", checkpoint, "--num-samples", "4", "--sample-steps", "2", flags=ddim.device)
     (line,) = result.err.splitlines()
     assert result.code == 2 and "out of memory; try a smaller --sample-batch-size" in line
 
@@ -361,17 +361,9 @@ def test_a_signal_ends_training_with_a_checkpoint_and_the_command_that_goes_on(
 
 
 def test_a_signal_ends_sampling_in_one_line(ddim, tmp_path, checkpoint, wait_until):
-    many = [
-        "--num-samples",
-        "100000",
-        "--sample-steps",
-        "2",
-        "--sample-batch-size",
-        "4",
-        "--export",
-        tmp_path / "images",
-    ]
-    process = ddim.start("--sample", checkpoint, *CPU, *many, "--export", tmp_path / "images", "--out-dir", tmp_path)
+    many = ["--num-samples", "100000", "--sample-steps", "2", "--sample-batch-size", "4"]
+    flags = [*ddim.device, *many, "--export", tmp_path / "images", "--out-dir", tmp_path]
+    process = ddim.start("--sample", checkpoint, *flags)
     wait_until(lambda: (tmp_path / "images" / "00003.png").exists(), process)
     process.send_signal(signal.SIGTERM)
     _, err = process.communicate(timeout=60)
@@ -502,10 +494,10 @@ def test_a_folder_that_this_process_writes_already_is_refused(ddim, checkpoint, 
     flags = ["--sample", checkpoint, "--sample-steps", "2", *ONE, "--export", tmp_path / "folder"]
     for folder, flag in ((tmp_path, "--out-dir"), (tmp_path / "folder", "--export")):
         with ddim_cifar.Owner(folder, "of the test"):
-            result = ddim(*flags, flags=CPU)
+            result = ddim(*flags, flags=ddim.device)
         (line,) = result.err.splitlines()
         assert result.code == 2 and f"{flag} {folder} is being written by this process" in line
-    assert ddim(*flags, flags=CPU).code == 0
+    assert ddim(*flags, flags=ddim.device).code == 0
 
 
 def test_what_a_killed_owner_left_is_cleaned_up(ddim, tmp_path, wait_until):

@@ -15,6 +15,7 @@ import ddim_cifar
 from ddim_cifar import (
     UNET,
     Config,
+    GroupNorm,
     NoisePredictor,
     NoiseSchedule,
     UNet,
@@ -181,6 +182,32 @@ def test_the_output_is_that_of_diffusers_with_the_same_weights(config, first_fea
     ours, theirs = randomise(build(config), first_features), diffusers_twin(config, tmp_path).eval()
     theirs.load_state_dict(ours.state_dict(), strict=True)
     assert_same_eps(ours, theirs)
+
+
+@pytest.mark.parametrize(("offset", "scale", "most"), [(0, 1, 1e-5), (0, 1e-3, 1e-5), (30, 1, 2e-3)])
+def test_group_norm_by_channels_is_that_of_torch_in_float64_with_its_gradients(offset, scale, most):
+    """What a compiled network computes on a GPU. Far from zero, float32 loses digits, with torch's own as well."""
+    torch.manual_seed(0)
+    norm, exact = GroupNorm(96), nn.GroupNorm(32, 96, eps=1e-6).double()
+    for parameter in norm.parameters():
+        nn.init.normal_(parameter)
+    exact.load_state_dict(norm.state_dict())
+    x = (offset + scale * torch.randn(4, 96, 8, 8)).contiguous(memory_format=torch.channels_last)
+    direction = torch.randn_like(x)
+
+    found = []
+    for module, function in ((norm, norm.by_channels), (exact, exact.forward)):
+        leaf = x.detach().to(module.weight.dtype, copy=True).requires_grad_()
+        y = function(leaf)
+        (y * direction).sum().backward()
+        found.append([y, leaf.grad, module.weight.grad, module.bias.grad])
+    for ours, theirs in zip(*found):
+        assert (ours - theirs).abs().max() < most * theirs.abs().max()
+    assert found[0][0].is_contiguous(memory_format=torch.channels_last)
+    constant = torch.full((1, 96, 8, 8), 7.3)
+    torch.testing.assert_close(
+        norm.by_channels(constant), norm.bias.expand(1, 8, 8, 96).movedim(3, 1), rtol=0, atol=5e-3
+    )
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])

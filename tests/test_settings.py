@@ -11,7 +11,6 @@ import torch
 import ddim_cifar
 from ddim_cifar import Config, UsageError, make_parser, parse_args
 
-CPU = ["--device", "cpu"]
 PAPER = {
     "predict": "eps",
     "t_sampling": "uniform",
@@ -296,7 +295,7 @@ def test_a_resumed_run_keeps_its_rate_unless_another_is_typed_which_then_moves_t
     before, moved = load(checkpoint)["model"]["conv_in.bias"], []  # Adam's: it moves by about the rate in each step
     for typed, lr in (([], 2e-3), (["--lr", "1e-5"], 1e-5)):
         flags = ["--resume", checkpoint, "--epochs", "21", "--iterations", "1", "--num-samples", "1", *typed]
-        ddim(*flags, flags=CPU, out_dir=tmp_path / str(lr))
+        ddim(*flags, flags=ddim.device, out_dir=tmp_path / str(lr))
         assert [float(row["lr"]) for row in read_log(tmp_path / str(lr))] == [lr]
         after = tmp_path / str(lr) / "ddim_model_final.pth"
         assert settings("--resume", after).lr == lr
@@ -436,8 +435,8 @@ def test_sampling_has_its_own_steps_and_needs_no_batch_that_divides(checkpoint, 
 
 
 def test_a_schedule_that_is_not_linear_is_refused_not_misread(ddim, checkpoint, tmp_path):
-    ddim("--sample", checkpoint, "--num-samples", "1", "--export-weights", tmp_path / "w", flags=CPU)
+    ddim("--sample", checkpoint, "--num-samples", "1", "--export-weights", tmp_path / "w", flags=ddim.device)
     file = tmp_path / "w" / "scheduler" / "scheduler_config.json"
     file.write_text(file.read_text().replace('"linear"', '"squaredcos_cap_v2"'))
-    result = ddim("--sample", tmp_path / "w", flags=CPU)
+    result = ddim("--sample", tmp_path / "w", flags=ddim.device)
     assert result.code == 2 and "beta_schedule squaredcos_cap_v2" in result.err and len(result.err.splitlines()) == 1
