@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # a core for each worker: tiny models gain nothing from more
 
 import torch
+from PIL import Image
 
 import ddim_cifar
 
@@ -21,17 +23,19 @@ SCRIPT = Path(ddim_cifar.__file__)
 NETWORK = ["--channels", "32", "--channel-mults", "1", "2", "--res-blocks", "1", "--attn-resolutions", "16"]
 DEVICE = ["--device", "cpu"]
 NETWORK += [*DEVICE, "--compile", "off"]
-TINY = [*NETWORK, "--dataset", "synthetic", "--batch-size", "4", "--sample-steps", "2", "--precision", "fp32"]
+FEW_IMAGES = tempfile.TemporaryDirectory(prefix="ddim_images_")  # 40 to train on, 4 held out
+TINY = [*NETWORK, "--dataset", "folder", "--data-dir", FEW_IMAGES.name]
+TINY += ["--batch-size", "4", "--sample-steps", "2", "--precision", "fp32"]
 Result = collections.namedtuple("Result", "code out err")
 
 
 class Command:
-    """ddim(*flags) runs the command in this process, in a folder of the test's own, with the flags of a tiny network.
+    """ddim(*flags) runs the command in this process, in a folder of the test's own, with a tiny network on few images.
 
-    flags=[] or another list replaces those of the tiny network. ddim.start and ddim.torchrun run it in other processes.
+    flags=[] or another list replaces these flags. ddim.start and ddim.torchrun run it in other processes.
     """
 
-    script, device, network, tiny = SCRIPT, DEVICE, NETWORK, TINY
+    script, device, network, images, tiny = SCRIPT, DEVICE, NETWORK, FEW_IMAGES.name, TINY
 
     def __init__(self, folder, capfd):
         self.folder, self.capfd, self.processes = folder, capfd, []
@@ -66,9 +70,8 @@ def heed_signals():
 
 
 @pytest.fixture
-def ddim(tmp_path, capfd, monkeypatch):
-    """The command: see Command. In this process its held-out loss is that of 40 images, not 256, to save time."""
-    monkeypatch.setattr(ddim_cifar, "HELD_OUT", 40)
+def ddim(tmp_path, capfd):
+    """The command: see Command."""
     command = Command(tmp_path, capfd)
     yield command
     for process in command.processes:
@@ -81,9 +84,7 @@ def checkpoint(tmp_path_factory):
     """Of a tiny network after a few steps at a high rate, so that averaged and own weights, and all images, differ."""
     folder = tmp_path_factory.mktemp("trained")
     flags = ["--iterations", "20", "--lr", "2e-3", "--warmup", "0", "--lr-decay", "0"]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ddim_cifar, "HELD_OUT", 40)
-        assert ddim_cifar.main([*TINY, *flags, "--out-dir", str(folder)]) == 0
+    assert ddim_cifar.main([*TINY, *flags, "--out-dir", str(folder)]) == 0
     return folder / "ddim_model_final.pth"
 
 
@@ -125,6 +126,9 @@ def pytest_addoption(parser):
 def pytest_configure(config):
     for flags in (DEVICE, NETWORK, TINY):
         flags[flags.index("--device") + 1] = config.getoption("--on")
+    for i, image in enumerate(ddim_cifar.draw_shapes(44, seed=0)):
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(Path(FEW_IMAGES.name) / f"{i}.png")
+    config.add_cleanup(FEW_IMAGES.cleanup)
     config.addinivalue_line("markers", "slow: minutes long; runs with --slow only")
 
 

@@ -325,7 +325,7 @@ CONTRADICTIONS = [
     ("--optimizer", "muon", "adam"),
     ("--recipe", "default", "paper"),
     ("--batch-size", "4", "8"),
-    ("--dataset", "synthetic", "cifar10"),
+    ("--dataset", "folder", "cifar10"),
     ("--seed", "0", "1"),
 ]
 OF_TRAINING_ONLY = ("--t-sampling", "--optimizer", "--recipe", "--batch-size", "--dataset", "--seed")

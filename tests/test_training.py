@@ -73,7 +73,7 @@ def flat(state):
 def test_a_tiny_model_learns_the_shapes(ddim, tmp_path, read_log):
     """Thirty steps reach 0.11, from 0.30. The loss stays far higher if average, noise or optimizer is wired wrongly."""
     learning = ["--iterations", "30", "--lr", "4e-3", "--warmup", "5", "--dropout", "0", "--ema-decay", "0.9"]
-    assert ddim(*learning, "--num-samples", "1").code == 0
+    assert ddim(*learning, "--dataset", "synthetic", "--num-samples", "1").code == 0
     first, *_, last = read_log(tmp_path)
     assert float(first["loss"]) > 0.2 and float(last["val_loss"]) < 0.13
 
@@ -185,7 +185,7 @@ def test_the_held_out_loss_of_a_run_is_that_of_the_averaged_weights_without_drop
     ddim("--iterations", "3", "--lr", "1e-2", "--warmup", "0", "--dropout", "0.5")
     logged = float(read_log(tmp_path)[-1]["val_loss"])
     averaged, _ = load_model(tmp_path / "ddim_model_final.pth")
-    _, held_out = ddim_cifar.load_images("synthetic", None)
+    _, held_out = ddim_cifar.load_images("folder", ddim.images)
     assert logged == pytest.approx(held_out_loss(averaged, held_out, Runtime(CPU)), rel=1e-4)
 
 
