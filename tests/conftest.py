@@ -107,9 +107,9 @@ def read_log():
 
 @pytest.fixture(scope="session")
 def wait_until():
-    """Waits for a condition while a process runs, a minute at most."""
+    """Waits for a condition while a process runs, two minutes at most."""
 
-    def wait(condition, process, seconds=60):
+    def wait(condition, process, seconds=120):
         end = time.monotonic() + seconds
         while process.poll() is None and not condition():
             assert time.monotonic() < end, "waited in vain"

@@ -354,7 +354,7 @@ def test_a_signal_ends_training_with_a_checkpoint_and_the_command_that_goes_on(
     log = tmp_path / "ddim_log.csv"
     wait_until(lambda: log.exists() and log.read_text().count("\n") > 3, process)
     process.send_signal(signum)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=120)
     assert process.returncode == code, err
     assert "Traceback" not in err and err.splitlines()[-1].endswith(f"--resume {tmp_path / 'ddim_model_last.pth'}")
     assert load(tmp_path / "ddim_model_last.pth")["step"] == int(read_log(tmp_path)[-1]["step"])
@@ -366,7 +366,7 @@ def test_a_signal_ends_sampling_in_one_line(ddim, tmp_path, checkpoint, wait_unt
     process = ddim.start("--sample", checkpoint, *flags)
     wait_until(lambda: (tmp_path / "images" / "00003.png").exists(), process)
     process.send_signal(signal.SIGTERM)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=120)
     assert process.returncode == 143 and err == "stopped by SIGTERM\n", err
 
 
@@ -473,7 +473,7 @@ def test_a_second_training_in_a_folder_is_refused_and_the_first_goes_on(ddim, tm
     steps = len(read_log(tmp_path))
     wait_until(lambda: len(read_log(tmp_path)) > steps, first)
     first.send_signal(signal.SIGTERM)
-    first.communicate(timeout=60)
+    first.communicate(timeout=120)
     assert first.returncode == 143 and not list(tmp_path.glob(".ddim_owner"))
 
 
@@ -504,7 +504,7 @@ def test_what_a_killed_owner_left_is_cleaned_up(ddim, tmp_path, wait_until):
     killed = ddim.start(*ddim.tiny, "--epochs", "100000", "--out-dir", tmp_path)
     wait_until((tmp_path / "ddim_log.csv").exists, killed)
     killed.kill()
-    killed.communicate(timeout=60)
+    killed.communicate(timeout=120)
     assert (tmp_path / ".ddim_owner").exists()
     (tmp_path / "ddim_model_last.pth.elsewhere-123.tmp").touch()
     assert ddim().code == 0
@@ -569,7 +569,7 @@ def test_waiting_for_other_processes_is_announced_and_ends_with_a_signal(ddim, t
     process = ddim.start(*ddim.tiny, "--out-dir", tmp_path, env=variables)
     assert "waiting for 2 processes at 127.0.0.1:29513" in process.stdout.readline()
     process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=30)
+    process.communicate(timeout=120)
     assert process.returncode == 143
 
 
@@ -582,7 +582,7 @@ def test_a_run_whose_output_goes_away_goes_on_to_its_end(ddim, tmp_path, unbuffe
     process = ddim.start(*ddim.tiny, "--epochs", "2", *ONE, "--out-dir", tmp_path, env=environment)
     process.stdout.readline()
     process.stdout.close()  # as `| head -1` does
-    assert process.wait(60) == 0 and process.stderr.read() == ""
+    assert process.wait(120) == 0 and process.stderr.read() == ""
     assert (tmp_path / "ddim_samples.png").exists()
 
 
@@ -592,7 +592,7 @@ def test_a_run_stopped_after_its_output_went_away_saves_and_has_its_code(ddim, t
     process.stdout.close()  # as of `| tee log`, which the same Ctrl-C ends
     process.stderr.close()
     process.send_signal(signal.SIGINT)
-    assert process.wait(60) == 130 and (tmp_path / "ddim_model_last.pth").exists()
+    assert process.wait(120) == 130 and (tmp_path / "ddim_model_last.pth").exists()
 
 
 def test_closed_streams_do_not_matter(ddim, tmp_path):
@@ -601,13 +601,13 @@ def test_closed_streams_do_not_matter(ddim, tmp_path):
         os.close(2)
 
     command = [sys.executable, str(ddim.script), *ddim.tiny, "--out-dir", str(tmp_path)]
-    assert subprocess.run(command, preexec_fn=close, timeout=60).returncode == 0
+    assert subprocess.run(command, preexec_fn=close, timeout=120).returncode == 0
     assert (tmp_path / "ddim_samples.png").exists()
 
 
 def test_a_character_that_the_terminal_lacks_does_not_end_the_run(ddim, tmp_path):
     process = ddim.start(*ddim.tiny, "--out-dir", tmp_path / "图片", env={"PYTHONIOENCODING": "cp1252"})
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=120)
     assert process.returncode == 0 and "??" in out and err == ""
 
 
@@ -663,7 +663,7 @@ def test_main_runs_in_a_thread_and_twice_and_leaves_torch_as_it_was(ddim):
     for _ in range(2):
         thread = threading.Thread(target=lambda: codes.append(ddim("--num-samples", "1").code))
         thread.start()
-        thread.join(60)
+        thread.join(120)
     assert codes == [0, 0] and state() == before
     assert (sys.stdout, sys.stderr) == streams and signal.getsignal(signal.SIGINT) is handler
 

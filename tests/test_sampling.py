@@ -412,7 +412,7 @@ def test_samples_that_are_not_finite_end_the_command_and_nothing_is_exported(ddi
 
     # Of two processes, the second has nothing to draw and ends with the first.
     process = ddim.torchrun(2, *flags[:-4], "--num-samples", "1", "--out-dir", tmp_path)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=120)
     assert process.returncode == 1 and err.count("1 of 1 images are not finite") == 1 and "lost" not in err
 
 

@@ -426,7 +426,7 @@ def test_the_death_of_one_process_ends_the_others(ddim, tmp_path, wait_until):
     wait_until(lambda: log.exists() and log.read_text().count("\n") > 3, process)
     children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
     os.kill(int(children[-1]), 9)
-    process.communicate(timeout=60)
+    process.communicate(timeout=120)
     assert process.returncode != 0 and not any(os.path.exists(f"/proc/{child}") for child in children)
 
 
