@@ -29,6 +29,7 @@ import shlex
 import shutil
 import signal
 import socket
+import subprocess
 import sys
 import tempfile
 import threading
@@ -670,7 +671,7 @@ class Trainer:
         # How often each t is drawn.
         density = t_density(schedule, config.t_sampling)
         self.density = density.float().to(runtime.device)
-        self.cumulative = density.cumsum(0).float().to(runtime.device) if config.t_sampling == "importance" else None
+        self.cumulative = density.cumsum(0).float().to(runtime.device) if config.t_sampling != "uniform" else None
 
         # The average of the weights, used for sampling.
         self.ema = copy.deepcopy(model).eval().requires_grad_(False)
@@ -793,13 +794,13 @@ def train(trainer, images, held_out, preview):
     order = batches(len(images), config.batch_size, config.seed, trainer.steps, config.total)
     averaged = NoisePredictor(trainer.ema, trainer.schedule, config.predict)
     log = Log(config, trainer.steps)
-    last_save = time.monotonic()
+    last_save = time.perf_counter()
 
     def save(name):
         nonlocal last_save
         save_checkpoint(config.folder / name, trainer)
         runtime.saved = config.folder / name
-        last_save = time.monotonic()
+        last_save = time.perf_counter()
 
     signals = runtime.signals
     with signals.postponed(), log.file, progress(total=config.total, initial=trainer.steps, unit="step") as bar:
@@ -832,7 +833,7 @@ def train(trainer, images, held_out, preview):
                 save(f"ddim_model_epoch_{epoch}.pth")
             if run_ends:
                 save("ddim_model_final.pth")
-            elif stop or log.failure or time.monotonic() - last_save >= 60 * config.save_minutes:
+            elif stop or log.failure or time.perf_counter() - last_save >= 60 * config.save_minutes:
                 save("ddim_model_last.pth")
             if log.failure:
                 raise log.failure
@@ -907,9 +908,7 @@ def save_samples(sampler, path, count, export=None):
     archive = Path(export).resolve() if export and not folder else None
 
     # What is to be drawn, and what is there.
-    present = set()
-    if folder:
-        present = gather(prepare_folder(folder, sampler, count) if world.rank == 0 else None)[0]
+    present = on_rank_0(lambda: prepare_folder(folder, sampler, count)) if folder else set()
     kept = np.zeros((count if archive else min(count, 256), SIZE, SIZE, 3), np.uint8)
     wanted = [i for i in range(count) if i not in present]
 
@@ -1091,7 +1090,7 @@ def orthogonalize(stacks, iterations=5):
 
     stacks: float32 [K, m, n] each; so is the result. The iteration X <- (a + b A + c A^2) X, A = X X^T, runs on the
     small A alone, for all matrices of one m at a time, and is applied to X once at the end: the same result for a third
-    of the products.
+    of the products. It needs float32 proper: rounding as coarse as TF32's turns small eigenvalues of A negative.
     """
     wide = [stack.mT if stack.shape[1] > stack.shape[2] else stack for stack in stacks]
     wide = [x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-30) for x in wide]
@@ -1213,16 +1212,21 @@ def read_folder(folder):
 
 
 def find_images(folder):
-    """The image files below the folder, in order of names. Linked folders are followed, but none is entered twice."""
+    """The image files below the folder, in order of names, without what this program drew.
+
+    Linked folders are followed, but none is entered twice.
+    """
+    drawn = re.compile("ddim_(samples|trajectory|interpolation|reconstruction|consistency)")
     extensions = Image.registered_extensions()
     entered, found = set(), []
     for where, folders, names in os.walk(folder, followlinks=True):
         real = os.path.realpath(where)
-        if real in entered:
+        if real in entered or ORIGIN in names:
             folders.clear()
             continue
         entered.add(real)
         folders.sort()
+        names = [name for name in names if not drawn.match(name)]
         found += [Path(where, name) for name in names if Path(name).suffix.lower() in extensions]
     return sorted(path for path in found if path.is_file())
 
@@ -1328,6 +1332,7 @@ def save_png(image, path):
     write_atomically(path, lambda file: Image.fromarray(image).save(file, "PNG"), to_disk=False)
 
 
+ORIGIN = ".origin.json"
 LITTER = ("Thumbs.db", "desktop.ini", "__MACOSX")
 
 
@@ -1345,7 +1350,7 @@ def prepare_folder(folder, sampler, count):
         origin["weights_crc32"] = zlib.crc32(value.cpu().numpy().tobytes(), origin["weights_crc32"])
 
     # Compare it with what is there.
-    note = folder / ".origin.json"
+    note = folder / ORIGIN
     there = visible_files(folder)
     known = note.is_file() and note.read_text(errors="replace") == json.dumps(origin)
     wanted = {f"{i:05d}.png": i for i in range(count)}
@@ -1397,7 +1402,7 @@ class Log:
         return [row for row in rows if int(row[0]) <= step]
 
     def restart_clock(self):
-        self.clock = time.monotonic()
+        self.clock = time.perf_counter()
 
     def add(self, step, loss, grad_norm, lr):
         self.pending.append((step, loss, grad_norm, lr))
@@ -1407,7 +1412,7 @@ class Log:
         steps, losses, norms, rates = zip(*self.pending)
         values = torch.stack([*losses, *norms]).tolist()  # waits once
         self.fetched = list(zip(steps, values[: len(steps)], values[len(steps) :], rates))
-        self.seconds_each = (time.monotonic() - self.clock) / len(steps)
+        self.seconds_each = (time.perf_counter() - self.clock) / len(steps)
         self.pending.clear()
 
     def write(self, val_loss=None):
@@ -1598,7 +1603,7 @@ def validate(checkpoint):
     """UserError, or another error, if anything a checkpoint should hold is missing, of another shape, or not finite."""
     config = checkpoint["config"]
     with torch.device("meta"):
-        network = UNet(**{name: config[name] for name in names_of(UNET)})
+        network = UNet(**{name: config[name] for name in names_of(UNET) if name in config})
     shapes = {name: value.shape for name, value in network.state_dict().items()}
 
     parts = {"ema": checkpoint["ema"]}
@@ -1639,9 +1644,10 @@ def laid_out_as(parameter, moments):
 
 def peek(path):
     """Step and config of a checkpoint, without its tensors; or None for a file that cannot be read."""
-    with contextlib.suppress(Exception):  # whatever cannot be read is no run to lose
-        found = torch.load(path, map_location="meta", mmap=True, weights_only=True)
-        return found["step"], found["config"]
+    for mmap in (True, False):  # some network file systems have no mmap
+        with contextlib.suppress(Exception):  # whatever cannot be read is no run to lose
+            found = torch.load(path, map_location="meta", mmap=mmap, weights_only=True)
+            return found["step"], found["config"]
     return None
 
 
@@ -1668,10 +1674,19 @@ def furthest_checkpoint(folder):
     return None, None
 
 
+def planned_steps(config):
+    """The length of a checkpoint's run."""
+    return config.get("epochs", 1) * config.get("iterations", 1)
+
+
+def is_quick_test(steps, config):
+    return steps <= 1 and planned_steps(config) <= 1
+
+
 def protect_earlier_run(config, step):
     """UserError if a new run (step None) would overwrite an earlier one; or a resumed run, a longer or another one.
 
-    A single step is a quick test, which nobody misses. A damaged checkpoint protects nothing.
+    Nobody misses a quick test. A damaged checkpoint protects nothing.
     """
     runs = known_runs(config.folder)
     while runs and not checksums_hold(runs[0][2]):
@@ -1679,11 +1694,10 @@ def protect_earlier_run(config, step):
     if not runs:
         return
     steps, saved, _ = runs[0]
-    planned = saved.get("epochs", 1) * saved.get("iterations", 1)
     if step is None:
-        if steps > 1 or planned > 1:
+        if not is_quick_test(steps, saved):
             kind, hint = "a finished run", "choose another folder, or continue it with --resume auto and more --epochs"
-            if steps < planned:
+            if steps < planned_steps(saved):
                 kind, hint = "an interrupted run", "go on with --resume auto, or choose another folder"
             raise UserError(f"--out-dir {config.folder} holds {kind}, of {steps:,} steps: {hint}")
         return
@@ -1729,7 +1743,7 @@ class Owner:
         file.flush()
         Owner.held[self.folder] = file
         for leftover in self.folder.glob("*.tmp"):  # of owners that are dead
-            if re.search(r"-\d+\.tmp$", leftover.name):
+            if re.fullmatch(r"(ddim_.+|\.origin\.json|\d+\.png)\..+-\d+\.tmp", leftover.name):
                 leftover.unlink(missing_ok=True)
         return self
 
@@ -1766,8 +1780,8 @@ def own_folders(config, stack):
         if export:
             stack.enter_context(Owner(export, "--export"))
     except OSError as error:
-        flags = "--out-dir, --export"
-        raise UserError(f"cannot write to {error.filename}: {error.strerror} ({flags})") from error
+        where = error.filename or config.folder
+        raise UserError(f"cannot write to {where}: {error.strerror} (--out-dir, --export)") from error
 
 
 def prepare_out_dir(config, checkpoint_bytes):
@@ -1955,6 +1969,20 @@ def gather(item):
     return items
 
 
+def on_rank_0(action):
+    """What action() returns, or raises as UserError, on rank 0: for all processes."""
+    result = None
+    if world.rank == 0:
+        try:
+            result = action()
+        except UserError as error:
+            result = error
+    result = gather(result)[0]
+    if isinstance(result, UserError):
+        raise result
+    return result
+
+
 def sum_over_processes(tensor):
     if world.size > 1:
         dist.all_reduce(tensor)
@@ -2045,6 +2073,9 @@ class SafeStream:
 def global_state_restored():
     """What the program changes in Python and torch is put back at the end: main can be called from other programs."""
     streams, threads, benchmark = (sys.stdout, sys.stderr), torch.get_num_threads(), torch.backends.cudnn.benchmark
+    precision = "highest"
+    with contextlib.suppress(RuntimeError):  # the caller set it by the newer names, of which torch 2.6 knows none
+        precision = torch.get_float32_matmul_precision()
     sys.stdout, sys.stderr = SafeStream(sys.stdout), SafeStream(sys.stderr)
     gpus = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []  # to ask for more would wake them all
     try:
@@ -2056,6 +2087,7 @@ def global_state_restored():
         sys.stdout, sys.stderr = streams
         torch.set_num_threads(threads)
         torch.backends.cudnn.benchmark = benchmark
+        torch.set_float32_matmul_precision(precision)
 
 
 def say(text, file=None):
@@ -2147,8 +2179,8 @@ class Signals:
 
     def handle(self, signum, frame):
         if not self.received:
-            self.received, self.since = signum, time.monotonic()
-        elif signum == signal.SIGINT and (world.size == 1 or time.monotonic() - self.since > 1):
+            self.received, self.since = signum, time.perf_counter()
+        elif signum == signal.SIGINT and (world.size == 1 or time.perf_counter() - self.since > 1):
             os._exit(128 + signum)  # torchrun repeats the first by itself
         self.heed()
 
@@ -2195,6 +2227,8 @@ class Runtime:
             enough = 4000 if self.device.type == "cuda" else 1000  # compiling takes 1 to 2 minutes, eager steps 0.07 s
             if not (gains and evaluations >= enough and can_compile(self.device)):
                 return network
+        elif self.device.type != "mps" and not can_compile(self.device):
+            raise UserError("--compile on: torch.compile does not work here (no compiler?); use --compile off")
         say("compiling the network, which may take a minute or two")
         return torch.compile(network)
 
@@ -2203,6 +2237,7 @@ def start(config, signals):
     """Join the processes that torchrun started, if it did, and choose device, precision and threads of this one."""
     device = choose_device(config.device)
     torch.backends.cudnn.benchmark = True
+    torch.set_float32_matmul_precision("highest")  # whatever was set: newton_schulz does not stand TF32
     if world.local_size > 1 or "OMP_NUM_THREADS" not in os.environ:  # torchrun sets it to 1
         torch.set_num_threads(max(1, available_cores() // world.local_size))
     if world.size > 1:
@@ -2303,6 +2338,7 @@ def make_parser():
     width = min(130, shutil.get_terminal_size().columns)
     parser = Parser(
         prog="ddim_cifar.py",
+        usage="%(prog)s [--epochs N] [--iterations N] [flags], or --sample CKPT [flags]; --help lists all flags",
         description="Train a UNet on CIFAR-10 and sample it with DDIM. Without flags: a quick test.",
         formatter_class=functools.partial(argparse.HelpFormatter, max_help_position=34, width=width),
         argument_default=argparse.SUPPRESS,
@@ -2352,7 +2388,15 @@ def parse_args(argv=None):
     elif path:
         checkpoint = load_checkpoint(path, "cpu")
     if checkpoint:
-        inherited = inherit(checkpoint, path, typed, bool(resume))
+        quick = resume == "auto" and is_quick_test(checkpoint["step"], checkpoint["config"])
+        drawn = quick and checkpoint["config"]["dataset"] == "synthetic"  # because CIFAR-10 was out of reach
+        try:
+            inherited = inherit(checkpoint, path, {"dataset": "cifar10", **typed} if drawn else typed, bool(resume))
+        except UsageError as error:
+            if not quick:
+                raise
+            say(f"starting afresh, since {path} is a quick test: {error}")
+            path = checkpoint = None
 
     # A new run begins with its recipe; what was typed wins.
     recipe = {} if checkpoint else RECIPES[typed.get("recipe", "default")]
@@ -2481,6 +2525,10 @@ def get_images(config):
 
 def execute(config, checkpoint, runtime):
     """Train, unless --sample was given, then draw what was asked for."""
+    steps = gather(checkpoint.get("step") if checkpoint else None)
+    if len(set(steps)) > 1:
+        raise UserError(f"the processes found checkpoints of other steps ({spell(steps)}): each must see the same file")
+
     # Build the network.
     torch.manual_seed(torch_seed(config.seed, WEIGHTS))
     schedule = NoiseSchedule(**config.of(SCHEDULE))
@@ -2490,19 +2538,8 @@ def execute(config, checkpoint, runtime):
     model.to(runtime.device, memory_format=torch.channels_last)
     size = sum(parameter.numel() for parameter in model.parameters())
 
-    # Prepare folder and images.
-    if world.rank == 0:
-        moments = 1 if config.optimizer == "muon" else 2
-        prepare_out_dir(config, 0 if config.sample else 4 * size * (2 + moments))  # weights and averages, too
-        if not config.sample:
-            step = checkpoint["step"] if checkpoint else None
-            protect_earlier_run(config, step)
-            there = visible_files(config.export_folder) if config.export_folder else []
-            will_train = step is None or step < config.total
-            if there and will_train:
-                raise UserError(
-                    f"--export {config.export}: it holds {there[0]}, of other weights; choose another folder"
-                )
+    # Prepare folders and images.
+    on_rank_0(lambda: prepare_folders(config, size, steps[0]))
     images = held_out = None
     if not config.sample or config.reconstruct:
         images, held_out = get_images(config)
@@ -2534,6 +2571,19 @@ def execute(config, checkpoint, runtime):
     say(f"next: {next_command(config, runtime)}")
 
 
+def prepare_folders(config, size, step):
+    """UserError if they cannot be written, or hold what this run would spoil. step: of the checkpoint, or None."""
+    moments = 1 if config.optimizer == "muon" else 2
+    prepare_out_dir(config, 0 if config.sample else 4 * size * (2 + moments))  # weights and averages, too
+    if config.sample:
+        return
+    protect_earlier_run(config, step)
+    there = visible_files(config.export_folder) if config.export_folder else []
+    will_train = step is None or step < config.total
+    if there and will_train:
+        raise UserError(f"--export {config.export}: it holds {there[0]}, of other weights; choose another folder")
+
+
 def execute_training(config, checkpoint, runtime, model, schedule, images, held_out):
     """Train, and return the network to sample with."""
     trainer = Trainer(model, schedule, config, runtime)
@@ -2561,15 +2611,20 @@ def execute_training(config, checkpoint, runtime, model, schedule, images, held_
     return model if config.no_ema else trainer.ema
 
 
+def shell_line(words):
+    """A command to be pasted into the shell."""
+    return subprocess.list2cmdline(words) if os.name == "nt" else shlex.join(words)
+
+
 def next_command(config, runtime):
     """What to try next."""
-    script = f"python {shlex.quote(sys.argv[0])}"
+    place = [] if config.out_dir == Config.out_dir else ["--out-dir", config.out_dir]
     if config.export_folder and config.dataset == "cifar10":  # with torch-fidelity
-        return f"fidelity --fid --isc --input1 {shlex.quote(config.export)} --input2 cifar10-train"
+        return shell_line(["fidelity", "--fid", "--isc", "--input1", config.export, "--input2", "cifar10-train"])
     if config.sample:
-        experiments = "--trajectory --interpolate --reconstruct --consistency"
-        return f"{script} --sample {shlex.quote(config.sample)} {experiments}"
-    return f"{script} --sample {shlex.quote(str(runtime.saved))} --num-samples 64"
+        experiments = ["--trajectory", "--interpolate", "--reconstruct", "--consistency"]
+        return shell_line(["python", sys.argv[0], "--sample", config.sample, *place, *experiments])
+    return shell_line(["python", sys.argv[0], "--sample", str(runtime.saved), *place, "--num-samples", "64"])
 
 
 def resume_command(argv, saved):
@@ -2583,7 +2638,9 @@ def resume_command(argv, saved):
     launcher = ["python"]
     if world.size > 1:
         launcher = ["torchrun", "--standalone", f"--nproc_per_node={world.local_size}"]
-    return shlex.join([*launcher, sys.argv[0], *kept, "--resume", str(saved)])
+    if world.size > world.local_size:  # several machines, in their user's own way
+        launcher = ["torchrun", "..."]
+    return shell_line([*launcher, sys.argv[0], *kept, "--resume", str(saved)])
 
 
 def main(argv=None):
@@ -2606,8 +2663,7 @@ def run(argv):
         with Signals() as signals, contextlib.ExitStack() as stack:
             config, checkpoint = parse_args(argv)
             runtime = start(config, signals)
-            if world.rank == 0:
-                own_folders(config, stack)
+            on_rank_0(lambda: own_folders(config, stack))
             execute(config, checkpoint, runtime)
         if world.size > 1:  # NCCL waits for all processes here, so never on the way out of an error
             dist.destroy_process_group()
@@ -2633,7 +2689,7 @@ def explain(error, config):
     if out_of_memory(error):
         smaller = "a smaller --sample-batch-size"
         if config and not config.sample:
-            now = config.micro_batch or config.batch_size // world.size
+            now = min(config.micro_batch or config.batch_size, config.batch_size // world.size)
             if now > 1:
                 smaller = f"--micro-batch {now // 2}, which trains the same (or {smaller})"
         return 2, f"ddim_cifar.py: error: out of memory; try {smaller}"

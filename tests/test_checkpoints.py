@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 import ddim_cifar
-from ddim_cifar import UNet, UserError, load_checkpoint, parse_args
+from ddim_cifar import UNet, UserError, load_checkpoint, load_model, parse_args
 
 ONE, FOUR = ["--num-samples", "1"], ["--num-samples", "4"]
 DROPOUT = ["--dropout", "0.3", "--warmup", "5", "--lr", "1e-3"]
@@ -250,6 +250,16 @@ def test_what_is_wrong_in_a_checkpoint_is_said_in_one_line(ddim, tmp_path, check
     assert result.code == 2 and f"checkpoint {tmp_path / 'x.pth'}: " in line and word in line
 
 
+def test_a_setting_of_the_network_that_a_checkpoint_does_not_know_has_its_default(tmp_path, checkpoint, load):
+    """As an older checkpoint, once the network has a new setting."""
+    saved = load(checkpoint)
+    del saved["config"]["dropout"]
+    torch.save(saved, tmp_path / "older.pth")
+    x, t = torch.zeros(1, 3, 32, 32), torch.tensor([500])
+    older, newer = (load_model(path)[0](x, t) for path in (tmp_path / "older.pth", checkpoint))
+    assert torch.equal(older, newer)
+
+
 def test_a_checkpoint_is_a_plain_zip_with_right_checksums(checkpoint):
     assert zipfile.ZipFile(checkpoint).testzip() is None
 
@@ -460,6 +470,33 @@ def test_auto_takes_the_furthest_whatever_its_date_says(ddim, tmp_path):
     os.utime(tmp_path / "ddim_model_epoch_1.pth", (2e9, 2e9))  # as after cp, zip or git
     result = ddim("--resume", "auto", "--epochs", "4", flags=[])
     assert result.code == 0 and "3 done, 1 to go" in result.out
+
+
+def test_auto_passes_over_a_quick_test_of_other_settings_but_over_nothing_longer(ddim, tmp_path):
+    ddim(*ONE)
+    result = ddim("--resume", "auto", "--epochs", "2", "--seed", "7", *ONE)
+    assert result.code == 0 and "--seed 7 contradicts 0" in result.out and "0 done, 2 to go" in result.out
+    result = ddim("--resume", "auto", "--epochs", "3", "--seed", "8", *ONE)
+    assert result.code == 2 and "--seed 8 contradicts 7" in result.err
+
+
+def test_auto_does_not_go_on_with_the_drawn_shapes_of_a_quick_test(ddim, tmp_path):
+    ddim("--dataset", "synthetic", *ONE)
+    for flags, dataset, steps in (([], "cifar10", None), (["--dataset", "synthetic"], "synthetic", 1)):
+        config, found = parse_args(["--resume", "auto", "--epochs", "2", *flags, "--out-dir", str(tmp_path)])
+        assert config.dataset == dataset and (found or {"step": None})["step"] == steps
+
+
+def test_auto_takes_the_furthest_where_files_cannot_be_mapped_into_memory(ddim, tmp_path, monkeypatch):
+    def read(*arguments, mmap=False, **options):
+        if mmap:
+            raise RuntimeError("unable to mmap")
+        return torch_load(*arguments, **options)
+
+    ddim("--epochs", "2", "--save-every", "1", *ONE)
+    torch_load = torch.load
+    monkeypatch.setattr(torch, "load", read)
+    assert parse_args(["--resume", "auto", "--out-dir", str(tmp_path)])[1]["step"] == 2
 
 
 def test_auto_passes_over_a_damaged_checkpoint_and_over_weights_alone(ddim, tmp_path, load):

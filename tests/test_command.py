@@ -111,6 +111,12 @@ def test_a_long_run_is_compiled_where_that_is_possible(monkeypatch):
             assert (runtime.compiled(network, 1000) is not network) == (possible and precision == "bf16")
 
 
+def test_to_ask_for_compiling_where_it_does_not_work_is_an_error(ddim, monkeypatch):
+    monkeypatch.setattr(ddim_cifar, "can_compile", lambda device: False)
+    result = ddim("--compile", "on")
+    assert result.code == 2 and "--compile off" in result.err.splitlines()[-1]
+
+
 NEEDS_COMPILER = pytest.mark.skipif(
     not any(map(shutil.which, ("g++", "clang++", "cl"))), reason="torch.compile needs a compiler"
 )
@@ -295,6 +301,7 @@ def test_out_of_memory_in_training_says_what_to_try(ddim, monkeypatch):
     exhaust_memory(monkeypatch)
     result = ddim("--batch-size", "8")
     assert result.code == 2 and "out of memory; try --micro-batch 4, which trains the same" in result.err
+    assert "--micro-batch 4" in ddim("--batch-size", "8", "--micro-batch", "64").err
 
 
 def test_memory_that_does_not_suffice_for_one_image_is_explained(ddim, checkpoint, monkeypatch):
@@ -450,12 +457,36 @@ def test_several_processes_go_on_as_several(monkeypatch):
     monkeypatch.setattr(ddim_cifar.world, "local_size", 3)
     command = ddim_cifar.resume_command(None, "x.pth")
     assert command == "torchrun --standalone --nproc_per_node=3 ddim_cifar.py --epochs 3 --resume x.pth"
+    monkeypatch.setattr(ddim_cifar.world, "size", 6)  # two machines, started in their user's own way
+    assert ddim_cifar.resume_command(None, "x.pth") == "torchrun ... ddim_cifar.py --epochs 3 --resume x.pth"
+
+
+def test_a_windows_shell_has_quotes_of_its_own(monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "name", "nt")
+        line = ddim_cifar.shell_line(["python", r"C:\ddim_cifar.py", r"C:\my files\x.pth"])
+    assert line == r'python C:\ddim_cifar.py "C:\my files\x.pth"'
+
+
+def test_an_error_of_rank_0_is_that_of_all(monkeypatch):
+    full = ddim_cifar.UserError("no space")
+    monkeypatch.setattr(ddim_cifar.world, "rank", 1)
+    monkeypatch.setattr(ddim_cifar, "gather", lambda item: [full, item])
+    with pytest.raises(ddim_cifar.UserError, match="no space"):
+        ddim_cifar.on_rank_0(pytest.fail)
+
+
+def test_processes_that_found_other_checkpoints_do_not_train_together(ddim, tmp_path, checkpoint, monkeypatch):
+    monkeypatch.setattr(ddim_cifar, "gather", lambda item: [item, None])
+    result = ddim("--resume", checkpoint, "--epochs", "2", flags=ddim.device)
+    assert result.code == 2 and "checkpoints of other steps (20 None)" in result.err
+    assert not (tmp_path / "ddim_model_final.pth").exists()
 
 
 def test_minutes_between_saves_are_minutes(ddim, monkeypatch):
     """By a clock that goes on by a second each time it is read: some 30 seconds for the eight steps."""
     clock = iter(range(10**6))
-    monkeypatch.setattr(ddim_cifar.time, "monotonic", lambda: float(next(clock)))
+    monkeypatch.setattr(ddim_cifar.time, "perf_counter", lambda: float(next(clock)))
     saved = ddim("--iterations", "8", *ONE, "--save-minutes", "0.2").out.count("saved ")
     assert 2 <= saved <= 4  # one at the end, the others 12 seconds and more apart
 
@@ -507,8 +538,9 @@ def test_what_a_killed_owner_left_is_cleaned_up(ddim, tmp_path, wait_until):
     killed.communicate(timeout=120)
     assert (tmp_path / ".ddim_owner").exists()
     (tmp_path / "ddim_model_last.pth.elsewhere-123.tmp").touch()
+    (tmp_path / "report-2023.tmp").touch()  # the user's own
     assert ddim().code == 0
-    assert not list(tmp_path.glob("*.tmp")) and not list(tmp_path.glob(".*"))
+    assert list(tmp_path.glob("*.tmp")) == [tmp_path / "report-2023.tmp"] and not list(tmp_path.glob(".*"))
 
 
 # ---- The environment of several processes ----------------------------------------------------------------------------
@@ -666,6 +698,24 @@ def test_main_runs_in_a_thread_and_twice_and_leaves_torch_as_it_was(ddim):
         thread.join(120)
     assert codes == [0, 0] and state() == before
     assert (sys.stdout, sys.stderr) == streams and signal.getsignal(signal.SIGINT) is handler
+
+
+def test_matrix_products_are_in_float32_whatever_the_caller_had_set(ddim, monkeypatch):
+    """Muon's iteration needs it."""
+    train, seen = ddim_cifar.train, []
+
+    def look_and_train(*arguments):
+        seen.append(torch.get_float32_matmul_precision())
+        train(*arguments)
+
+    monkeypatch.setattr(ddim_cifar, "train", look_and_train)
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        assert ddim(*ONE).code == 0
+        assert seen == ["highest"] and torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def test_a_gpu_may_be_named_by_its_number(ddim):

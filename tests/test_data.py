@@ -301,6 +301,13 @@ def test_grey_values_are_scaled_by_mode_never_by_content_and_the_others_are_name
     assert len(warnings) == 2 and all(any(name in line for line in warnings) for name in ("e.tif", "f.tif"))
 
 
+def test_what_the_program_drew_is_not_trained_on(ddim, tmp_path):
+    picture().save(tmp_path / "mine.png")
+    assert ddim("--num-samples", "1", "--trajectory", "--export", tmp_path / "samples").code == 0
+    assert len(list(tmp_path.rglob("*.png"))) == 4
+    assert len(ddim_cifar.load_images("folder", tmp_path)[0]) == 1
+
+
 def test_linked_folders_are_followed_but_not_in_circles(tmp_path):
     (tmp_path / "images").mkdir()
     (tmp_path / "elsewhere").mkdir()

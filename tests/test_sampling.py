@@ -153,7 +153,7 @@ def test_a_stopped_folder_export_goes_on_and_its_grid_shows_all(export, tmp_path
     kept = tmp_path / "folder" / "00001.png"
     for name in ("00003.png", "00004.png"):
         (tmp_path / "folder" / name).unlink()
-    (tmp_path / "folder" / "unfinished.elsewhere-1.tmp").touch()
+    (tmp_path / "folder" / "00006.png.elsewhere-1.tmp").touch()
     before = kept.stat().st_mtime_ns
     again = export("folder", "--num-samples", "5")
     assert largest(whole, again) <= 1 and kept.stat().st_mtime_ns == before

@@ -157,6 +157,15 @@ def test_the_loss_of_the_best_network_for_gaussian_images_is_the_closed_form():
         assert loss == pytest.approx(Gaussian.least_loss(Gaussian, alphas), rel=5e-3)
 
 
+def test_a_density_of_ones_own_is_what_t_is_drawn_with(monkeypatch):
+    density = NoiseSchedule().alphas_cumprod ** 0.25
+    density /= density.mean()
+    monkeypatch.setattr(ddim_cifar, "t_density", lambda schedule, t_sampling: density)
+    trainer = trainer_of(Gain(), batch_size=1000, t_sampling="mine")
+    _, t, _ = trainer.noisy_images(draw_shapes(1000, seed=0), 0)
+    assert (1 / density[t]).mean().item() == pytest.approx(1, rel=0.01)
+
+
 @pytest.mark.parametrize("predict", ["v", "eps"])
 def test_so_is_its_held_out_loss(predict):
     schedule, network = NoiseSchedule(), Gaussian(predict)
