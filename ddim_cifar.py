@@ -626,8 +626,8 @@ def t_density(schedule, t_sampling):
     """How often each t is drawn in training, as a multiple of a uniform draw: float64 [T].
 
     "importance" is sqrt(alpha_t): with v, the error of eps is sqrt(alpha_t) times that of the network's output, so that
-    at t = 800 there is hardly anything to learn. A loss divided by its density is Eq. 5 as before, and its gradient has
-    half the variance (measured; arXiv 2102.09672, Sec. 3.3, has the method).
+    at t = 800 there is hardly anything to learn. A loss divided by its density is Eq. 5 as before, and the gradients of
+    single images have half the mean square (measured; arXiv 2102.09672, Sec. 3.3, has the method).
     """
     density = schedule.alphas_cumprod ** (0.5 if t_sampling == "importance" else 0)
     return density / density.mean()
@@ -1212,16 +1212,17 @@ def read_folder(folder):
 
 
 def find_images(folder):
-    """The image files below the folder, in order of names, without what this program drew.
+    """The image files below the folder, in order of names, without pictures and exports of this program.
 
-    Linked folders are followed, but none is entered twice.
+    Linked folders are followed, but none is entered twice. The folder itself may be an export.
     """
     drawn = re.compile("ddim_(samples|trajectory|interpolation|reconstruction|consistency)")
     extensions = Image.registered_extensions()
     entered, found = set(), []
     for where, folders, names in os.walk(folder, followlinks=True):
         real = os.path.realpath(where)
-        if real in entered or ORIGIN in names:
+        exported = ORIGIN in names and Path(where) != folder
+        if real in entered or exported:
             folders.clear()
             continue
         entered.add(real)
@@ -2389,7 +2390,7 @@ def parse_args(argv=None):
         checkpoint = load_checkpoint(path, "cpu")
     if checkpoint:
         quick = resume == "auto" and is_quick_test(checkpoint["step"], checkpoint["config"])
-        drawn = quick and checkpoint["config"]["dataset"] == "synthetic"  # because CIFAR-10 was out of reach
+        drawn = quick and checkpoint["config"].get("dataset") == "synthetic"  # because CIFAR-10 was out of reach
         try:
             inherited = inherit(checkpoint, path, {"dataset": "cifar10", **typed} if drawn else typed, bool(resume))
         except UsageError as error:

@@ -306,6 +306,7 @@ def test_what_the_program_drew_is_not_trained_on(ddim, tmp_path):
     assert ddim("--num-samples", "1", "--trajectory", "--export", tmp_path / "samples").code == 0
     assert len(list(tmp_path.rglob("*.png"))) == 4
     assert len(ddim_cifar.load_images("folder", tmp_path)[0]) == 1
+    assert len(ddim_cifar.load_images("folder", tmp_path / "samples")[0]) == 1  # unless that is what was asked for
 
 
 def test_linked_folders_are_followed_but_not_in_circles(tmp_path):
