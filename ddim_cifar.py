@@ -74,6 +74,7 @@ RUNTIME = "run time"
 FILES = "files"
 
 TAUS = ("uniform", "quadratic", "karras")
+T_SAMPLINGS = ("importance", "uniform")
 LEARNING_RATES = {"muon": 2.5e-3, "adam": 2e-4}  # the default of --lr
 RECIPES = {  # other defaults for a new run; a flag typed beside --recipe wins
     "default": {},
@@ -104,7 +105,7 @@ class Config:
     batch_size: int = flag(TRAINING, 32, "images per step, over all processes", least=1)
     micro_batch: int = flag(TRAINING, None, "images per forward pass [all]: less memory, the same step", least=1)
     predict: str = flag(TRAINING, "v", "what the network's output stands for", choices=("v", "eps"))
-    t_sampling: str = flag(TRAINING, None, "[importance with v, else uniform]", choices=("importance", "uniform"))
+    t_sampling: str = flag(TRAINING, None, "how t is drawn [importance with v, else uniform]", choices=T_SAMPLINGS)
     optimizer: str = flag(TRAINING, "muon", "muon: on weight matrices, Adam on the rest", choices=("muon", "adam"))
     recipe: str = flag(TRAINING, "default", "paper: the defaults of DDPM", choices=tuple(RECIPES))
     lr: float = flag(TRAINING, None, "learning rate [0.0025 with muon, 0.0002 with adam]", least=1e-9)
