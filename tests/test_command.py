@@ -42,6 +42,8 @@ def test_the_quick_test_works_without_network_and_says_what_it_did(ddim, tmp_pat
 def test_training_leaves_every_promised_file(ddim, tmp_path, load, read_log):
     result = ddim("--epochs", "3", "--iterations", "2", "--save-every", "2")
     assert result.code == 0 and not result.err
+    *_, suggestion = result.out.splitlines()
+    assert suggestion.startswith("next: python") and f"--out-dir {tmp_path}" in suggestion
     assert {path.name for path in tmp_path.iterdir()} == {
         "ddim_log.csv",
         "ddim_model_epoch_2.pth",

@@ -85,8 +85,9 @@ def settings(*flags):
 )
 def test_a_wrong_flag_is_explained_in_the_last_line(ddim, flags, words):
     result = ddim(*shlex.split(flags), flags=[])
-    assert result.code == 2 and result.err.startswith("usage: ddim_cifar.py")
-    assert all(word in result.err.splitlines()[-1] for word in words.split()), result.err
+    usage, error = result.err.splitlines()
+    assert result.code == 2 and usage.startswith("usage: ddim_cifar.py")
+    assert all(word in error for word in words.split()), result.err
 
 
 @pytest.mark.parametrize(
