@@ -2391,9 +2391,11 @@ def parse_args(argv=None):
         checkpoint = load_checkpoint(path, "cpu")
     if checkpoint:
         quick = resume == "auto" and is_quick_test(checkpoint["step"], checkpoint["config"])
-        drawn = quick and checkpoint["config"].get("dataset") == "synthetic"  # because CIFAR-10 was out of reach
+        wanted = typed
+        if quick and checkpoint["config"].get("dataset") == "synthetic":  # CIFAR-10 may have been out of reach
+            wanted = {"dataset": Config.dataset, **typed}
         try:
-            inherited = inherit(checkpoint, path, {"dataset": "cifar10", **typed} if drawn else typed, bool(resume))
+            inherited = inherit(checkpoint, path, wanted, bool(resume))
         except UsageError as error:
             if not quick:
                 raise
