@@ -351,6 +351,8 @@ def sinusoidal_embedding(t, dim):
 
 
 class ResBlock(nn.Module):
+    """Two 3x3 convolutions around a shift by the time embedding, with a residual connection."""
+
     def __init__(self, c_in, c_out, c_time, dropout):
         super().__init__()
         self.norm1 = GroupNorm(c_in)
@@ -387,6 +389,8 @@ class Attention(nn.Module):
 
 
 class Downsample(nn.Module):
+    """Halve the image size with a strided 3x3 convolution, padded at the right and at the bottom."""
+
     def __init__(self, channels):
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, stride=2)
@@ -426,6 +430,8 @@ class UNet(nn.Module):
     ):
         super().__init__()
         sides = [image_size >> level for level in range(len(channel_mults))]
+        if min(channels, res_blocks, *channel_mults) < 1:
+            raise ValueError("channels, channel_mults and res_blocks: must be positive")
         if channels % 32:
             raise ValueError(f"channels {channels}: must be a multiple of 32")
         if image_size % 2 ** (len(sides) - 1):
@@ -689,7 +695,7 @@ def train(trainer, images, held_out, log):
     config = trainer.config
     averaged = NoisePredictor(trainer.ema, trainer.schedule, config.predict)
     saved_at = time.perf_counter()
-    with log.bar, signals_noted() as signals, rescued(trainer):
+    with log.bar, signals_noted() as signals, rescued(trainer, log):
         for indices in batches(len(images), config.batch_size, config.seed, trainer.steps, config.total):
             log.timed(trainer.step, images[indices])
             epoch, within_epoch = divmod(trainer.steps, config.iterations)
@@ -742,7 +748,10 @@ class Sampler:
         # x_T is pure noise, which is wrong where the network expects part of an image.
         first = self.tau(config.steps)[-1]
         if schedule.alpha(first) > 0.02:
-            say(f"warning: sampling starts from pure noise at t = {first}, where alpha is {schedule.alpha(first):.2f}")
+            say(
+                f"warning: sampling starts from pure noise at t = {first}, where alpha is {schedule.alpha(first):.2f}",
+                sys.stderr,
+            )
 
     def eps(self, x, t):
         with self.runtime.autocast():
@@ -1107,8 +1116,8 @@ def read_folder(folder):
     def read(path):
         try:
             return read_image(path)
-        except Exception as error:  # Pillow's decoders raise nearly everything
-            skipped[f"unreadable {path.suffix.lower()} ({path.name}: {error})"[:100]] += 1
+        except Exception:  # Pillow's decoders raise nearly everything
+            skipped[f"unreadable {path.suffix.lower()}"] += 1
             return None
 
     with ThreadPoolExecutor() as pool:
@@ -1225,7 +1234,7 @@ class Log:
         self.pending, self.unwritten = [], ""  # steps whose loss was not read yet; rows that could not be written yet
         self.seconds = float(earlier[-1][-1]) if earlier else 0.0
         self.losses = deque(maxlen=100)
-        self.skipped = self.bad_in_a_row = 0
+        self.skipped = self.bad_in_a_row = self.most_in_a_row = 0  # steps that were not finite
         text = "\n".join(",".join(row) for row in [self.columns, *earlier])
         write_atomically(self.path, lambda file: file.write(text.encode()))
 
@@ -1258,6 +1267,7 @@ class Log:
             else:
                 self.skipped += 1
                 self.bad_in_a_row += 1
+                self.most_in_a_row = max(self.most_in_a_row, self.bad_in_a_row)
 
         # Rows that cannot be written now go with the next ones.
         try:
@@ -1276,7 +1286,7 @@ class Log:
         self.bar.update(len(rows))
         if val_loss is not None:
             say(f"step {step:,} (epoch {epoch}): held-out loss {val_loss:.4f}, {text}")
-        if self.bad_in_a_row >= 10:
+        if self.most_in_a_row >= 10:
             raise UserError("the loss or gradient of 10 steps in a row was not finite; try a lower --lr", code=1)
 
 
@@ -1323,15 +1333,15 @@ def load_checkpoint(path, device):
     and ema. Raises UserError for anything else.
     """
     path = Path(path).expanduser()
-    runs = runs_in(path) or [(0, path)]
-    for _, file in runs[:-1]:
+    files = [file for _, file in runs_in(path)] or [path]
+    for file in files:
         try:
             return read_checkpoint(file, device)
         except UserError as error:
-            if not isinstance(error.__cause__, zipfile.BadZipFile):  # it may be intact
+            is_damaged = isinstance(error.__cause__, zipfile.BadZipFile)  # if not, it may be intact
+            if file == files[-1] or not is_damaged:
                 raise
             say(f"warning: {error}; trying the next one", sys.stderr)
-    return read_checkpoint(runs[-1][1], device)
 
 
 def read_checkpoint(path, device):
@@ -1605,9 +1615,8 @@ def compute(sampler, count, function, evaluations, desc, convert=None):
     the check that they are finite. Raises UserError if they are not.
     """
     size = sampler.chunk_size * world.size
-    layout = "{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}"
     results = []
-    with progress(total=count * evaluations, desc=desc, bar_format=layout) as sampler.bar:
+    with progress(total=count * evaluations, desc=desc, unit="image step") as sampler.bar:
         for chunk in torch.arange(count).split(size):
             mine = chunk[share(len(chunk))].tolist()
             padding = mine[-1:] * (sampler.chunk_size - len(mine)) if sampler.is_compiled else []  # for one shape
@@ -1667,8 +1676,8 @@ def forgiving():
 
 
 @contextlib.contextmanager
-def rescued(trainer):
-    """If an error or a signal ends this block, save the last whole step and print how to go on from it."""
+def rescued(trainer, log):
+    """If an error or a signal ends this block, save the last whole step and its log, and print how to go on from it."""
     first, config = trainer.steps, trainer.config
     try:
         yield
@@ -1676,6 +1685,8 @@ def rescued(trainer):
         with forgiving():
             if trainer.is_whole and first < trainer.steps < config.total:
                 save_checkpoint(config.folder / "ddim_model_last.pth", trainer)
+            if log.pending:
+                log.write(log.fetch(), val_loss=None)
             if runs_in(config.folder):
                 words = [sys.argv[0], *config.argv, "--resume", str(config.folder)]  # of two --resume, the last counts
                 say(f"to go on: {'torchrun ...' if world.size > 1 else 'python'} {shlex.join(words)}", sys.stderr)
@@ -1717,6 +1728,7 @@ def progress(items=None, **options):
 
 
 def spell(value):
+    """Return a setting as it is typed."""
     return " ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
 
 
@@ -1890,8 +1902,8 @@ def check(config):
 
     # Sampling and experiments.
     timesteps = NoiseSchedule(**config.of(SCHEDULE)).timesteps
-    if max(config.sample_steps, default=1) > timesteps:
-        raise UserError(f"--sample-steps {max(config.sample_steps)}: must be at most {timesteps}")
+    if max(config.steps, *config.sample_steps) > timesteps:
+        raise UserError(f"--sample-steps {max(config.steps, *config.sample_steps)}: must be at most {timesteps}")
     compares = {"reconstruction", "consistency"} & {*config.experiments}
     if config.eta > 0 and (config.order == 2 or compares):
         raise UserError(f"--eta {config.eta}: must be 0 for --order 2, reconstruction and consistency")

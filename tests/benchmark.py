@@ -1,14 +1,14 @@
-"""Time the program beside diffusers' UNet2DModel of the same weights, on your hardware. Needs diffusers.
+"""Time the program beside diffusers' UNet2DModel with the same weights. Needs tests/requirements.txt.
 
-    python tests/benchmark.py                                  training, sampling and memory, in fp32 and in bf16
-    python tests/benchmark.py --precision bf16 --compile       in bf16 alone, with compiled networks
+    python tests/benchmark.py                                  training, sampling and memory, in fp32 and bf16
+    python tests/benchmark.py --precision bf16 --compile       bf16 only, with compiled networks
 
-"diffusers, tuned" is what a careful script makes of it: channels_last memory, fused Adam, foreach averaging, inference
-mode, and bf16 by autocast in training and by bf16 weights in sampling. "diffusers, defaults" is a first script: fp32,
-contiguous memory, Adam as it comes, an average in a Python loop, no_grad, never compiled.
+"diffusers, tuned" uses channels_last memory, fused Adam, foreach EMA, inference mode, and bf16 by autocast in training
+and by bf16 weights in sampling. "diffusers, defaults" uses fp32, contiguous memory, Adam's defaults, EMA in a Python
+loop and no_grad, and is never compiled.
 
-Variants take turns, so that a slow minute hits all of them. A rate is the median over the rounds; a ratio is the
-median of each round's ratio, with its range. Peak memory is that of the tensors on CUDA, elsewhere of the process.
+Variants take turns, so that a slow minute affects all of them. A rate is the median over the rounds; a ratio is the
+median of the ratios of each round, with their range. Peak memory is that of CUDA tensors, or else of the process.
 """
 
 import argparse
@@ -39,7 +39,7 @@ DEFAULTS = "diffusers, defaults (fp32)"
 
 
 def our_network(config, device):
-    """The program's UNet. What starts as zero is made random: zeros are less work for a GPU."""
+    """Return the program's UNet. Zero weights are made random, because zeros are less work for a GPU."""
     torch.manual_seed(0)
     network = ddim.UNet(**config.of(ddim.UNET))
     for weight in network.state_dict().values():
@@ -49,7 +49,7 @@ def our_network(config, device):
 
 
 def diffusers_twin(config, device, layout):
-    """diffusers' network with the same weights, and its scheduler, as the program's export describes them."""
+    """Return diffusers' network with the same weights, and its scheduler, built from the program's export."""
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         ddim.export_weights(Path(folder), torch.nn.Module(), config)
         network = UNet2DModel.from_config(UNet2DModel.load_config(Path(folder, "unet")))
@@ -59,22 +59,22 @@ def diffusers_twin(config, device, layout):
 
 
 def random_batch(config, device):
-    """Images as the program's loader gives them: uint8, on their way to a GPU in pinned memory."""
+    """Return a batch of uint8 images, in pinned memory for a GPU."""
     images = torch.randint(256, (config.batch_size, *SHAPE), dtype=torch.uint8)
     return images.pin_memory() if device.type == "cuda" else images
 
 
 def our_training(config, runtime, optimizer):
-    """A function that takes one training step of the program."""
+    """Return a function that takes one training step of the program."""
     images = random_batch(config, runtime.device)
-    config = replace(config, optimizer=optimizer, lr=None)
+    config = replace(config, optimizer=optimizer, lr=None, micro_batch=None)
     schedule = ddim.NoiseSchedule(**config.of(ddim.SCHEDULE))
     trainer = ddim.Trainer(our_network(config, runtime.device), schedule, config, runtime)
     return lambda: trainer.step(images)
 
 
 def diffusers_training(config, runtime, tuned):
-    """A function that takes one training step with diffusers."""
+    """Return a function that takes one training step with diffusers."""
     images = random_batch(config, runtime.device)
     layout = torch.channels_last if tuned else torch.contiguous_format
     network, scheduler = diffusers_twin(config, runtime.device, layout)
@@ -87,13 +87,13 @@ def diffusers_training(config, runtime, tuned):
     def step():
         x_0 = ddim.to_float(images.to(runtime.device, non_blocking=True))
         eps = torch.randn_like(x_0)
-        t = torch.randint(config.timesteps, (len(x_0),), device=runtime.device)
+        t = torch.randint(len(scheduler.betas), (len(x_0),), device=runtime.device)
         x_t = scheduler.add_noise(x_0, eps, t).contiguous(memory_format=layout)
         with autocast():
             predicted = called(x_t, t).sample
         optimizer.zero_grad()
         F.mse_loss(predicted.float(), eps).backward()
-        torch.nn.utils.clip_grad_norm_(parameters, config.grad_clip)
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         with torch.no_grad():
             if tuned:
@@ -106,27 +106,27 @@ def diffusers_training(config, runtime, tuned):
 
 
 def our_sampling(config, runtime):
-    """A function that samples with the program, in config.steps steps."""
+    """Return a function that samples with the program, in config.steps steps."""
     schedule = ddim.NoiseSchedule(**config.of(ddim.SCHEDULE))
     sampler = ddim.Sampler(our_network(config, runtime.device), schedule, config, runtime, evaluations=1)
-    return lambda: sampler.sample(range(config.sample_batch_size), config.steps)
+    return lambda: sampler.sample(range(config.micro_batch), config.steps)
 
 
 def diffusers_sampling(config, runtime, tuned):
-    """A function that samples with diffusers, in config.steps steps."""
+    """Return a function that samples with diffusers, in config.steps steps."""
     layout = torch.channels_last if tuned else torch.contiguous_format
     network, scheduler = diffusers_twin(config, runtime.device, layout)
     if tuned and runtime.precision == "bf16":
         network.bfloat16()
     called = runtime.compiled(network.eval(), 1) if tuned else network.eval()
     scheduler.set_timesteps(config.steps)
-    n = config.sample_batch_size
+    n = config.micro_batch
 
     def sample():
         x = torch.randn(n, *SHAPE, device=runtime.device).contiguous(memory_format=layout)
         with torch.inference_mode() if tuned else torch.no_grad():
             for t in scheduler.timesteps:
-                t_in = torch.full((n,), int(t), device=runtime.device) if tuned else t  # a GPU waits for t itself
+                t_in = torch.full((n,), int(t), device=runtime.device) if tuned else t  # t itself synchronizes
                 x = scheduler.step(called(x.to(network.dtype), t_in).sample, t, x).prev_sample
 
     return sample
@@ -148,13 +148,13 @@ VARIANTS = {
 
 
 def in_new_process(function, *args):
-    """Call it in a process of its own, where memory begins small and nothing is compiled yet."""
+    """Call a function in a new process, where memory use is small and nothing is compiled yet."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         return pool.submit(function, *args).result()
 
 
 def seconds_per_call(name, function, device):
-    """Time one turn of a variant: one call, on a GPU several."""
+    """Time one call of a variant, or the mean of 10 calls on a GPU."""
     torch.backends.cudnn.benchmark = name != DEFAULTS  # the search for the fastest convolutions
     synchronize = getattr(torch, device.type).synchronize
     calls = 1 if device.type == "cpu" else 10
@@ -167,8 +167,8 @@ def seconds_per_call(name, function, device):
 
 
 def time_in_turn(kind, config, rounds):
-    """Seconds per call of every variant, one value for each round: {name: [seconds, ...]}."""
-    runtime = ddim.start(config, signals=None)
+    """Return the seconds per call of every variant, one value per round: {name: [seconds, ...]}."""
+    runtime = ddim.start(config)
     functions = {name: build(config, runtime) for name, build in VARIANTS[kind].items()}
     seconds = {name: [] for name in functions}
     for _ in range(1 + rounds):
@@ -178,8 +178,8 @@ def time_in_turn(kind, config, rounds):
 
 
 def peak_memory(name, config):
-    """Gigabytes at the peak of a training step."""
-    runtime = ddim.start(config, signals=None)
+    """Return the peak memory of a training step in gigabytes."""
+    runtime = ddim.start(config)
     cuda = runtime.device.type == "cuda"
     step = VARIANTS["training"][name](config, runtime)
     for _ in range(2):  # the first leaves Adam's moments, the second has them from its start
@@ -197,7 +197,7 @@ def peak_memory(name, config):
 
 
 def print_table(title, columns, seconds):
-    """A row per variant. columns: {heading: {name: value}}; to the right of them, the speed of ours over each peer."""
+    """Print a row per variant. columns: {heading: {name: value}}; on the right, the speed of ours over each peer."""
     ours = [name for name in seconds if name.startswith("ours")]
     headings = [f"{heading:>17}" for heading in columns] + [f"{name + ' / this':>22}" for name in ours]
     print(f"\n{title:<30}" + "".join(headings))
@@ -210,7 +210,7 @@ def print_table(title, columns, seconds):
 
 
 def measure(config, rounds):
-    """Measure and show training and sampling in one precision."""
+    """Measure and print training and sampling in one precision."""
     seconds = in_new_process(time_in_turn, "training", config, rounds)
     images = {name: config.batch_size / median(own) for name, own in seconds.items()}
     memory = {name: in_new_process(peak_memory, name, config) for name in seconds}
@@ -219,13 +219,13 @@ def measure(config, rounds):
 
     seconds = in_new_process(time_in_turn, "sampling", config, rounds)
     rates = {name: config.steps / median(own) for name, own in seconds.items()}
-    images = {name: config.sample_batch_size * rate / 50 for name, rate in rates.items()}
-    title = f"sampling, {config.precision}, batch {config.sample_batch_size}"
+    images = {name: config.micro_batch * rate / 50 for name, rate in rates.items()}
+    title = f"sampling, {config.precision}, batch {config.micro_batch}"
     print_table(title, {"evaluations/s": rates, "images/s, S=50": images}, seconds)
 
 
 def print_header(options, device):
-    """What was measured, and with what."""
+    """Print what is measured, and with what."""
     cpuinfo = Path("/proc/cpuinfo")
     found = re.search(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else None
     processor = found[1] if found else platform.processor()
@@ -248,11 +248,11 @@ def main():
     parser.add_argument("--device", choices=("auto", "cuda", "mps", "cpu"), default="auto")
     options = parser.parse_args()
 
-    device = ddim.start(ddim.Config(device=options.device), signals=None).device
+    device = ddim.start(ddim.Config(device=options.device)).device
     config = ddim.Config(
         channels=options.channels,
         batch_size=options.batch_size or (128 if device.type == "cuda" else 32),
-        sample_batch_size=options.sample_batch_size,
+        micro_batch=options.sample_batch_size,
         sample_steps=(5,) if device.type == "cpu" else (50,),
         compile="on" if options.compile else "off",
         device=device.type,

@@ -2,7 +2,9 @@
 
 import hashlib
 import io
+import os
 import pickle
+import socket
 import tarfile
 import urllib.error
 import urllib.request
@@ -10,11 +12,12 @@ import urllib.request
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageCms
+from torchvision.datasets import CIFAR10
+from torchvision.datasets.utils import calculate_md5
 
 import ddim_cifar
-
-CPU = torch.device("cpu")
+from ddim_cifar import Config, NoiseSchedule, UserError, hold_out, t_density
 
 
 def batches(count, batch_size, first, last, seed=0):
@@ -22,12 +25,21 @@ def batches(count, batch_size, first, last, seed=0):
 
 
 def draw_step(n, batch_size=8, timesteps=1000, seed=0, cumulative=None):
-    return ddim_cifar.draw_step(n, batch_size, timesteps, seed, CPU, cumulative)
+    return ddim_cifar.draw_step(n, batch_size, timesteps, seed, torch.device("cpu"), cumulative)
+
+
+def load_images(**settings):
+    return ddim_cifar.load_images(Config(**settings))
+
+
+def load_folder(folder):
+    """Return all images of a folder, in order of names, however they are split: fewer than ten are not."""
+    return load_images(dataset=str(folder))[0]
 
 
 @pytest.fixture
 def in_each_of(monkeypatch):
-    """in_each_of(size, function): what each of so many processes gets from the function."""
+    """Calls a function as each of so many processes: in_each_of(size, function) returns what each gets."""
 
     def call(size, function):
         results = []
@@ -41,7 +53,10 @@ def in_each_of(monkeypatch):
     return call
 
 
-@pytest.mark.parametrize("count, batch_size", [(10, 4), (7, 7), (3, 8), (100, 32)])
+# ---- What a step draws -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("count", "batch_size"), [(10, 4), (7, 7), (3, 8), (100, 32)])
 def test_a_pass_shows_every_image_once_and_short_batches_are_completed_from_the_next(count, batch_size):
     shown = [index for batch in batches(count, batch_size, 0, 3 * count) for index in batch]
     assert len(shown) == 3 * count * batch_size
@@ -78,41 +93,49 @@ def test_each_t_is_uniform_and_a_batch_of_them_evenly_spread(timesteps):
     assert counts.min() > 30 and counts.max() < 95  # 60 each, give or take 7
 
 
-def test_t_drawn_by_importance_has_the_density_of_sqrt_alpha_and_is_evenly_spread_too():
-    alphas = ddim_cifar.NoiseSchedule().alphas_cumprod
-    density = ddim_cifar.t_density(ddim_cifar.NoiseSchedule(), "importance")
-    assert torch.allclose(density / density[0], (alphas / alphas[0]).sqrt()) and density.mean().item() == pytest.approx(
-        1
-    )
+def test_for_v_t_has_the_density_of_sqrt_alpha_and_is_evenly_spread_as_well():
+    alphas, density = NoiseSchedule().alphas_cumprod, t_density(NoiseSchedule(), "v")
+    assert torch.allclose(density / density[0], (alphas / alphas[0]).sqrt())
+    assert density.mean().item() == pytest.approx(1) and (t_density(NoiseSchedule(), "eps") == 1).all()
 
     cumulative = density.cumsum(0) / 1000
     t = torch.stack([draw_step(n, 10, cumulative=1000 * cumulative.float())[1] for n in range(1000)])
     found = torch.bincount(t.flatten(), minlength=1000).cumsum(0) / t.numel()
     assert (found - cumulative).abs().max() < 0.01
     before = torch.cat([torch.zeros(1), cumulative[:-1]])
-    tenths = torch.arange(10) / 10
     for row in t.sort().values:
-        assert ((before[row] - tenths) < 0.1 + 1e-3).all() and ((cumulative[row] - tenths) > -1e-3).all()
+        assert ((before[row] - torch.arange(10) / 10) < 0.1 + 1e-3).all()
+        assert ((cumulative[row] - torch.arange(10) / 10) > -1e-3).all()
 
 
-def test_a_rare_t_is_drawn_as_often_as_its_density_says_and_not_never():
+def test_a_rare_t_is_drawn_as_often_as_its_density_says_and_none_beyond_the_last():
     cumulative = torch.tensor([1.6, 2.6, 3.6, 4.6, 5.6, 6.6, 7.6, 8.6, 9.6, 10.0])  # the last 0.4 times in 10 draws
     t = torch.stack([draw_step(n, 10, 10, cumulative=cumulative)[1] for n in range(1000)])
     assert 340 < (t == 9).sum() < 460 and 1540 < (t == 0).sum() < 1660
+    rounded_down = torch.linspace(0.9, 9.0, 10)  # as sums in float32 may end
+    assert max(draw_step(n, 10, 10, cumulative=rounded_down)[1].max() for n in range(50)) == 9
 
 
-def test_the_loader_fetches_uint8_batches_in_order():
-    images = torch.randint(256, (20, 3, 32, 32), dtype=torch.uint8)
-    order = batches(20, 6, 0, 4)
-    loaded = list(ddim_cifar.make_loader(images, order, CPU))
-    assert len(loaded) == 4
-    assert all(torch.equal(batch, images[torch.tensor(chosen)]) for batch, chosen in zip(loaded, order))
+# ---- Images of one's own ---------------------------------------------------------------------------------------------
 
 
 def test_synthetic_images_are_always_the_same_and_differ_from_those_held_out():
-    (train, held_out), again = ddim_cifar.load_images("synthetic", None), ddim_cifar.load_images("synthetic", None)
-    assert train.dtype == torch.uint8 and train.shape == (10_000, 3, 32, 32)
-    assert torch.equal(train, again[0]) and not torch.equal(train[: len(held_out)], held_out)
+    train, held_out = load_images(dataset="synthetic")
+    assert train.dtype == torch.uint8 and train.shape == (10_000, 3, 32, 32) and held_out.shape[1:] == (3, 32, 32)
+    assert torch.equal(train, ddim_cifar.draw_shapes(10_000, seed=0)) and not torch.equal(train[:256], held_out)
+
+
+@pytest.mark.parametrize(("count", "kept"), [(44, (40, 4)), (2_560, (2_304, 256)), (25_600, (25_344, 256))])
+def test_every_tenth_image_is_held_out_or_of_many_some_256(count, kept):
+    images = torch.arange(count)[:, None]
+    train, held_out = hold_out(images)
+    assert (len(train), len(held_out)) == kept and torch.equal(torch.cat([train, held_out]).sort(0).values, images)
+
+
+def test_that_five_images_serve_for_both_is_said(capsys):
+    train, held_out = hold_out(torch.arange(5)[:, None])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert len(train) == len(held_out) == 5 and line.startswith("warning: only 5 images")
 
 
 def picture(mode="RGB", size=(50, 40)):
@@ -129,8 +152,7 @@ def test_a_folder_of_images_of_every_kind_is_read(tmp_path):
         picture(mode).save(tmp_path / name)
     picture(size=(3000, 20)).save(tmp_path / "wide.jpg")
     picture(size=(1, 1)).save(tmp_path / "small.png")
-    (tmp_path / "notes.txt").write_text("no image")
-    train, held_out = ddim_cifar.load_images("folder", tmp_path)
+    train, held_out = load_images(dataset=str(tmp_path))
     assert len(train) + len(held_out) == 11 and train.shape[1:] == (3, 32, 32) and train.dtype == torch.uint8
 
 
@@ -141,179 +163,196 @@ def test_a_folder_keeps_what_images_show(tmp_path):
     exif = tilted.getexif()
     exif[0x0112] = 3  # taken upside down
     tilted.save(tmp_path / "a.png", exif=exif)
-    Image.new("RGBA", (32, 32), (0, 0, 0, 0)).save(tmp_path / "b.png")
-    Image.fromarray(np.full((32, 32), 32896, np.uint16)).save(tmp_path / "c.png")
     wide = np.zeros((32, 96, 3), np.uint8)
     wide[:, 32:64] = 255
-    Image.fromarray(wide).save(tmp_path / "d.png")
-    (upright, transparent, deep, cropped), _ = ddim_cifar.load_images("folder", tmp_path)
-    assert upright[0, 0, 31] == 255 and upright[0, 0, 0] == 0
-    assert (transparent == 255).all() and (deep == 128).all() and (cropped[:, :, 2:30] == 255).all()
+    Image.fromarray(wide).save(tmp_path / "b.png")
+    Image.new("RGBA", (32, 32), (0, 0, 0, 0)).save(tmp_path / "c.png")
+    Image.new("LA", (32, 32), (0, 0)).save(tmp_path / "d.png")
+    Image.new("P", (32, 32), 0).save(tmp_path / "e.gif", transparency=0)
+    upright, cropped, *transparent = load_folder(tmp_path)
+    assert upright[0, 0, 31] == 255 and upright[0, 0, 0] == 0 and (cropped[:, :, 2:30] == 255).all()
+    assert len(transparent) == 3 and all((image == 255).all() for image in transparent)
 
 
-def test_sixteen_bits_are_divided_by_257_and_rounded(tmp_path):
-    for i, value in enumerate((128, 129, 255, 256, 65535 - 129, 65535 - 128)):  # where v >> 8 and v / 257 part
+def test_sixteen_bits_are_divided_by_257_whatever_their_content_and_grey_of_no_known_scale_is_skipped(tmp_path, capsys):
+    values = (128, 129, 255, 256, 65535 - 129, 65535 - 128)  # where v >> 8 and v / 257 part
+    for i, value in enumerate(values):
         Image.fromarray(np.full((32, 32), value, np.uint16)).save(tmp_path / f"{i}.png")
-    images, _ = ddim_cifar.load_images("folder", tmp_path)
-    assert images[:, 0, 0, 0].tolist() == [0, 1, 1, 1, 254, 255]
+    Image.fromarray(np.full((32, 32), 70.0, np.float32)).save(tmp_path / "float.tif")
+    Image.fromarray(np.full((32, 32), 200, np.int32)).save(tmp_path / "int.tif")
+    assert load_folder(tmp_path)[:, 0, 0, 0].tolist() == [0, 1, 1, 1, 254, 255]
+    assert "2 unreadable .tif" in capsys.readouterr().err
 
 
-def test_transparency_of_grey_and_of_palettes_becomes_white(tmp_path):
-    Image.new("LA", (32, 32), (0, 0)).save(tmp_path / "grey.png")
-    Image.new("P", (32, 32), 0).save(tmp_path / "palette.gif", transparency=0)
-    images, _ = ddim_cifar.load_images("folder", tmp_path)
-    assert len(images) == 2 and (images == 255).all()
+def test_colours_of_an_embedded_profile_become_those_of_srgb(tmp_path):
+    """Embed a profile in which red means the green of sRGB, and green its red."""
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    swapped = profile.replace(b"rXYZ", b"....").replace(b"gXYZ", b"rXYZ").replace(b"....", b"gXYZ")
+    colours = Image.new("RGB", (32, 32), (200, 50, 100))
+    for name, embedded in (("a", None), ("b", profile), ("c", swapped), ("d", b"damaged")):
+        colours.save(tmp_path / f"{name}.png", icc_profile=embedded)
+    colours.convert("RGBA").save(tmp_path / "e.png", icc_profile=swapped)
+    Image.new("L", (32, 32), 70).save(tmp_path / "f.png", icc_profile=swapped)  # which is not for grey
+    found = load_folder(tmp_path)[:, :, 16, 16].int()
+    expected = torch.tensor([[200, 50, 100]] * 2 + [[50, 200, 100], [200, 50, 100], [50, 200, 100], [70, 70, 70]])
+    assert (found - expected).abs().max() <= 1
 
 
 def test_a_larger_picture_is_averaged_down_without_aliasing(tmp_path):
     checks = np.indices((128, 128)).sum(0) % 2 * 255
     Image.fromarray(checks.astype(np.uint8)).save(tmp_path / "checks.png")
-    image = ddim_cifar.load_images("folder", tmp_path)[0].float()
+    image = load_folder(tmp_path)[0].float()
     assert abs(image.mean() - 127.5) < 3 and image.std() < 10
 
 
-def test_a_broken_image_is_named_and_skipped(tmp_path, capsys):
+def test_what_is_left_out_of_a_folder_is_counted_by_kind_in_one_line(tmp_path, capsys):
     picture().save(tmp_path / "good.png")
     whole = (tmp_path / "good.png").read_bytes()
     (tmp_path / "cut.png").write_bytes(whole[: len(whole) // 2])
-    (tmp_path / "text.jpg").write_text("no image")
-    (tmp_path / "empty.gif").touch()
-    train, _ = ddim_cifar.load_images("folder", tmp_path)
-    warnings = capsys.readouterr().err.splitlines()
-    assert len(train) == 1 and len(warnings) == 3
-    assert all(any(name in line for line in warnings) for name in ("cut.png", "text.jpg", "empty.gif"))
+    for name in ("empty.gif", "one.heic", "two.HEIC", "three.heic", "notes.txt"):
+        (tmp_path / name).touch()
+    picture().save(tmp_path / "ddim_samples.png")  # drawn by this program, therefore neither read nor worth a word
+    assert len(load_folder(tmp_path)) == 1
+    line, few = capsys.readouterr().err.splitlines()
+    assert all(
+        words in line for words in (str(tmp_path), "1 unreadable .png", "1 unreadable .gif", "3 .heic", "1 .txt")
+    ), line
+    assert "ddim_samples" not in line and "only 1 images" in few
+
+    (tmp_path / "good.png").unlink()
+    with pytest.raises(UserError, match=r"3 \.heic"):
+        load_folder(tmp_path)
 
 
-def test_a_folder_without_a_readable_image_is_an_error(tmp_path):
-    (tmp_path / "text.jpg").write_text("no image")
-    with pytest.raises(ddim_cifar.UserError, match="none of its 1 image files"):
-        ddim_cifar.load_images("folder", tmp_path)
+def test_pictures_that_were_exported_can_be_trained_on(tmp_path):
+    ddim_cifar.save_images(ddim_cifar.draw_shapes(3, seed=0), tmp_path / "samples")
+    assert torch.equal(load_folder(tmp_path), ddim_cifar.draw_shapes(3, seed=0))
+
+
+def test_a_folder_that_cannot_be_entered_is_an_error_and_not_left_out(tmp_path, monkeypatch):
+    (tmp_path / "below").mkdir()
+    for folder in (tmp_path, tmp_path / "below"):
+        picture().save(folder / "a.png")
+    scandir = os.scandir
+
+    def without_permission(path):
+        if str(path).endswith("below"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", without_permission)
+    with pytest.raises(UserError, match=r"Permission denied.*below"):
+        load_folder(tmp_path)
+
+
+# ---- CIFAR-10 --------------------------------------------------------------------------------------------------------
+
+
+class Server:
+    """Stands in for urlopen: it answers with an archive, of which it may send a part only, or does not answer."""
+
+    def __init__(self):
+        self.archive, self.is_whole, self.timeouts = None, True, []
+
+    def __call__(self, request, *_, timeout=None, **__):
+        self.timeouts.append(timeout or socket.getdefaulttimeout())
+        if self.archive is None:
+            raise urllib.error.URLError(TimeoutError("timed out"))
+        answer = io.BytesIO(self.archive if self.is_whole else self.archive[:-100])
+        answer.url, answer.length, read = CIFAR10.url, len(self.archive), answer.read
+
+        def read_on(size=-1):
+            content = read(size)
+            if not content and not self.is_whole:
+                raise TimeoutError("timed out")
+            return content
+
+        answer.read = read_on
+        return answer
 
 
 @pytest.fixture
-def cifar10(tmp_path, monkeypatch):
-    """A small CIFAR-10 in the official layout, its md5 sums told to torchvision, and a server that does not answer."""
-    from torchvision.datasets import CIFAR10
-    from torchvision.datasets.utils import calculate_md5
+def server(monkeypatch):
+    server = Server()
+    monkeypatch.setattr(urllib.request, "urlopen", server)
+    return server
 
-    folder = tmp_path / CIFAR10.base_folder
-    folder.mkdir()
+
+@pytest.fixture
+def cifar10(tmp_path, monkeypatch, server):
+    """Write a small CIFAR-10 in the official layout, its md5 sums told to torchvision."""
+    folder = tmp_path / "data" / CIFAR10.base_folder
+    folder.mkdir(parents=True)
     draw = np.random.default_rng(0)
-    lists = {"train_list": CIFAR10.train_list, "test_list": CIFAR10.test_list}
-    for files in lists.values():
-        for name, _ in files:
+    for kind in ("train_list", "test_list"):
+        names = [name for name, _ in getattr(CIFAR10, kind)]
+        for name in names:
             content = {"data": draw.integers(0, 256, (4, 3072), dtype=np.uint8), "labels": [0] * 4}
             (folder / name).write_bytes(pickle.dumps(content))
-    (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": ["thing"]}))
-
-    def listed(files):
-        return [[name, calculate_md5(str(folder / name))] for name, _ in files]
-
-    for name, files in lists.items():
-        monkeypatch.setattr(CIFAR10, name, listed(files))
-    monkeypatch.setattr(CIFAR10, "meta", {**CIFAR10.meta, "md5": calculate_md5(str(folder / "batches.meta"))})
-
-    def silent(*_, **__):
-        raise urllib.error.URLError(TimeoutError("timed out"))
-
-    monkeypatch.setattr(urllib.request, "urlopen", silent)
+        monkeypatch.setattr(CIFAR10, kind, [[name, calculate_md5(folder / name)] for name in names])
+    meta = folder / CIFAR10.meta["filename"]
+    meta.write_bytes(pickle.dumps({"label_names": ["thing"]}))
+    monkeypatch.setattr(CIFAR10, "meta", {**CIFAR10.meta, "md5": calculate_md5(meta)})
     return folder
 
 
-def test_cifar10_is_found_where_it_is(cifar10):
-    train, test = ddim_cifar.load_images("cifar10", cifar10.parent)
+@pytest.fixture
+def archive(cifar10, monkeypatch):
+    content = io.BytesIO()
+    with tarfile.open(fileobj=content, mode="w:gz") as file:
+        file.add(cifar10, cifar10.name)
+    monkeypatch.setattr(CIFAR10, "tgz_md5", hashlib.md5(content.getvalue()).hexdigest())
+    return content.getvalue()
+
+
+def test_cifar10_is_found_where_it_is_also_by_the_name_of_its_own_folder(cifar10):
+    train, test = load_images(data_dir=str(cifar10.parent))
     with open(cifar10 / "data_batch_1", "rb") as file:
         first = pickle.load(file)["data"][0].reshape(3, 32, 32)
     assert len(train) == 20 and len(test) == 4 and np.array_equal(train[0], first)
+    assert torch.equal(load_images(data_dir=str(cifar10))[0], train)
 
 
-def test_a_damaged_cifar10_is_named_with_its_md5_and_not_unpickled(cifar10):
-    file = cifar10 / "data_batch_3"
-    file.write_bytes(file.read_bytes()[:-10])
-    with pytest.raises(ddim_cifar.UserError) as error:
-        ddim_cifar.load_images("cifar10", cifar10.parent)
-    assert str(file) in str(error.value) and str(error.value).count("md5") == 1 and "the right one" in str(error.value)
+def test_the_images_that_are_used_are_those_that_are_counted(ddim, cifar10, monkeypatch):
+    monkeypatch.setattr(ddim_cifar, "HELD_OUT", 3)
+    result = ddim("--data-dir", cifar10.parent, "--batch-size", "1", "--num-samples", "1", flags=ddim.network)
+    assert result.code == 0 and "cifar10: 20 for training, 3 held out" in result.out
 
 
-def test_an_archive_cut_short_is_named_with_its_md5(tmp_path, cifar10):
-    where = tmp_path / "new"
-    where.mkdir()
-    content = io.BytesIO()
-    with tarfile.open(fileobj=content, mode="w:gz") as archive:
-        archive.add(cifar10, cifar10.name)
-    (where / "cifar-10-python.tar.gz").write_bytes(content.getvalue()[:-100])
-    complaint = r"cifar-10-python.tar.gz is corrupt .* its md5 is .* the right one c58f30108f71"
-    with pytest.raises(ddim_cifar.UserError, match=complaint):
-        ddim_cifar.load_images("cifar10", where)
+def test_cifar10_is_downloaded_where_it_is_missing_or_damaged_and_damaged_files_are_not_unpickled(
+    tmp_path, cifar10, archive, server
+):
+    intact = load_images(data_dir=str(cifar10.parent))
+    damaged = cifar10 / "data_batch_3"
+    damaged.write_bytes(damaged.read_bytes()[:-10])
+    (tmp_path / "brought").mkdir()
+    (tmp_path / "brought" / CIFAR10.filename).write_bytes(archive)
+    for folder, answers in ((cifar10.parent, archive), (tmp_path / "new", archive), (tmp_path / "brought", None)):
+        server.archive = answers
+        found = load_images(data_dir=str(folder))
+        assert all(torch.equal(*pair) for pair in zip(intact, found)), folder
+    assert {path.name for path in (tmp_path / "new").iterdir()} <= {cifar10.name, CIFAR10.filename}
+    assert server.timeouts and max(server.timeouts) <= 30  # a server that is silent for longer counts as none
 
 
-class Answer(io.BytesIO):
-    """What a server answers."""
-
-    url, length = ddim_cifar.CIFAR10_URL, 170498071
-
-
-class BrokenOff(Answer):
-    """The server falls silent in the middle of the archive."""
-
-    def read(self, size=-1):
-        content = super().read(size)
-        if not content:
-            raise TimeoutError("timed out")
-        return content
-
-
-def test_cifar10_is_downloaded(tmp_path, cifar10, monkeypatch):
-    content = io.BytesIO()
-    with tarfile.open(fileobj=content, mode="w:gz") as archive:
-        archive.add(cifar10, cifar10.name)
-    monkeypatch.setattr("torchvision.datasets.CIFAR10.tgz_md5", hashlib.md5(content.getvalue()).hexdigest())
-    monkeypatch.setattr(urllib.request, "urlopen", lambda *_, **__: Answer(content.getvalue()))
-    here, there = (ddim_cifar.load_images("cifar10", folder) for folder in (cifar10.parent, tmp_path / "new"))
-    assert all(torch.equal(*pair) for pair in zip(here, there))
-    assert {path.name for path in (tmp_path / "new").iterdir()} == {cifar10.name, "cifar-10-python.tar.gz"}
+def test_a_download_that_breaks_off_leaves_nothing_behind_and_the_error_says_what_to_fetch(
+    ddim, tmp_path, cifar10, archive, server
+):
+    server.archive, server.is_whole = archive, False
+    damaged = cifar10 / "data_batch_3"
+    damaged.write_bytes(b"of half the length")
+    for folder in (tmp_path / "new", cifar10.parent):
+        before = {path.name for path in folder.rglob("*")}
+        result = ddim("--data-dir", folder, "--epochs", "2", flags=ddim.network)
+        (line,) = result.err.splitlines()[-1:]
+        advice = (CIFAR10.url, CIFAR10.tgz_md5, str(folder), "--dataset synthetic", "timed out")
+        assert result.code == 2 and all(words in line for words in advice), line
+        assert {path.name for path in folder.rglob("*") if path.is_file()} <= before
+    assert socket.getdefaulttimeout() is None
 
 
-def test_a_download_that_breaks_off_leaves_nothing_behind(tmp_path, cifar10, monkeypatch):
-    monkeypatch.setattr(urllib.request, "urlopen", lambda *_, **__: BrokenOff(b"half of it"))
-    with pytest.raises(ddim_cifar.Offline, match=r"could not be downloaded .*timed out"):
-        ddim_cifar.load_images("cifar10", tmp_path / "new")
-    assert not list((tmp_path / "new").iterdir())
-
-
-def test_a_real_run_without_cifar10_stops_and_says_what_to_fetch(ddim, tmp_path, cifar10):
-    result = ddim("--data-dir", tmp_path / "none", "--epochs", "2", flags=ddim.network)
+def test_nothing_is_downloaded_among_photographs(ddim, tmp_path, server):
+    picture().save(tmp_path / "photo.JPG")
+    result = ddim("--data-dir", tmp_path, flags=ddim.network, out_dir=tmp_path / "run")
     (line,) = result.err.splitlines()
-    assert result.code == 2
-    advice = (ddim_cifar.CIFAR10_URL, "c58f30108f718f92721af3b95e74349a", str(tmp_path / "none"), "--dataset synthetic")
-    assert all(words in line for words in advice)
-
-
-def test_grey_values_are_scaled_by_mode_never_by_content_and_the_others_are_named(tmp_path, capsys):
-    for name, value in (("a.png", 256), ("b.png", 255), ("c.png", 65535)):
-        Image.fromarray(np.full((32, 32), value, np.uint16)).save(tmp_path / name)
-    Image.fromarray(np.full((32, 32), 0.5, np.float32)).save(tmp_path / "d.tif")
-    Image.fromarray(np.full((32, 32), 70.0, np.float32)).save(tmp_path / "e.tif")
-    Image.fromarray(np.full((32, 32), 200, np.int32)).save(tmp_path / "f.tif")
-    images, _ = ddim_cifar.load_images("folder", tmp_path)
-    assert images[:, 0, 0, 0].tolist() == [1, 1, 255, 128]
-    warnings = capsys.readouterr().err.splitlines()
-    assert len(warnings) == 2 and all(any(name in line for line in warnings) for name in ("e.tif", "f.tif"))
-
-
-def test_what_the_program_drew_is_not_trained_on(ddim, tmp_path):
-    picture().save(tmp_path / "mine.png")
-    assert ddim("--num-samples", "1", "--trajectory", "--export", tmp_path / "samples").code == 0
-    assert len(list(tmp_path.rglob("*.png"))) == 4
-    assert len(ddim_cifar.load_images("folder", tmp_path)[0]) == 1
-    assert len(ddim_cifar.load_images("folder", tmp_path / "samples")[0]) == 1  # unless that is what was asked for
-
-
-def test_linked_folders_are_followed_but_not_in_circles(tmp_path):
-    (tmp_path / "images").mkdir()
-    (tmp_path / "elsewhere").mkdir()
-    picture().save(tmp_path / "images" / "a.png")
-    picture().save(tmp_path / "elsewhere" / "b.png")
-    (tmp_path / "images" / "linked").symlink_to(tmp_path / "elsewhere")
-    (tmp_path / "elsewhere" / "circle").symlink_to(tmp_path / "images")
-    assert len(ddim_cifar.load_images("folder", tmp_path / "images")[0]) == 2
+    assert result.code == 2 and f"--dataset {tmp_path}" in line and not server.timeouts

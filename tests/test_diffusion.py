@@ -9,9 +9,12 @@ import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
 
 from ddim_cifar import (
-    TAUS,
+    SPACINGS,
+    Config,
     NoisePredictor,
     NoiseSchedule,
+    Runtime,
+    Sampler,
     ddim_encode,
     ddim_sample,
     ddim_timesteps,
@@ -32,7 +35,7 @@ def alphas_by_hand(timesteps=1000, beta_start=1e-4, beta_end=0.02):
 
 
 def smooth_model(x, t):
-    """No network's idea of the noise, but smooth, nonlinear and different at each t."""
+    """Return no network's idea of the noise, but something smooth, nonlinear and different at each t."""
     phase = t.to(x.dtype).view(-1, *[1] * (x.ndim - 1)) / 200
     return torch.sin(x + phase) + 0.3 * x
 
@@ -45,7 +48,7 @@ def largest(difference):
     return difference.abs().max().item()
 
 
-# ---- Schedule --------------------------------------------------------------------------------------------------------
+# ---- Schedule, and what the network's output stands for --------------------------------------------------------------
 
 
 @pytest.mark.parametrize("arguments", [(), (10, 0.01, 0.3), (4000, 2.5e-5, 0.005)])
@@ -55,31 +58,26 @@ def test_alphas_cumprod_is_the_float64_product_of_one_minus_linear_betas(argumen
     np.testing.assert_allclose(schedule.alphas_cumprod, alphas_by_hand(*arguments), rtol=1e-11)
 
 
-@pytest.mark.parametrize("shape", [(4, 3, 8, 8), (4, 5)])
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-6)])
-def test_add_noise_is_equation_4_with_a_timestep_for_each_image(shape, dtype, tolerance):
-    x_0, eps, t = randn(*shape, seed=1), randn(*shape, seed=2), [0, 10, 500, 999]
-    x_t = NoiseSchedule().add_noise(x_0.to(dtype), eps.to(dtype), torch.tensor(t))
-    assert x_t.dtype == dtype
-    for image, step in enumerate(t):
-        alpha = alphas_by_hand()[step]
-        expected = math.sqrt(alpha) * x_0[image] + math.sqrt(1 - alpha) * eps[image]
-        torch.testing.assert_close(x_t[image].double(), expected, rtol=0, atol=4 * tolerance)
-
-
-# ---- What the network's output stands for ----------------------------------------------------------------------------
-
-
-def zeros(x, t):
-    return torch.zeros_like(x)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 4e-6)])
+def test_add_noise_is_equation_4_with_a_timestep_for_each_image(dtype, tolerance):
+    schedule, t = NoiseSchedule(), [0, 10, 500, 999]
+    schedule.add_noise(randn(1, 5, dtype=torch.float32), randn(1, 5, dtype=torch.float32), torch.tensor([0]))
+    for shape in ((4, 3, 8, 8), (4, 5)):
+        x_0, eps = randn(*shape, seed=1), randn(*shape, seed=2)
+        x_t = schedule.add_noise(x_0.to(dtype), eps.to(dtype), torch.tensor(t))
+        assert x_t.dtype == dtype
+        for image, step in enumerate(t):
+            alpha = alphas_by_hand()[step]
+            expected = math.sqrt(alpha) * x_0[image] + math.sqrt(1 - alpha) * eps[image]
+            torch.testing.assert_close(x_t[image].double(), expected, rtol=0, atol=tolerance)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_where_a_network_returns_zero_v_makes_its_eps_the_noise_share_of_x_t(dtype):
     schedule, x, t = NoiseSchedule(), randn(4, 3, 8, 8, dtype=dtype), torch.tensor([0, 10, 500, 999])
     noise_scale = (1 - schedule.alphas_cumprod[t]).sqrt().to(dtype).view(4, 1, 1, 1)
-    assert torch.equal(NoisePredictor(zeros, schedule, "v")(x, t), noise_scale * x)
-    assert torch.equal(NoisePredictor(zeros, schedule, "eps")(x, t), 0 * x)
+    assert torch.equal(NoisePredictor(lambda x, t: 0 * x, schedule, "v")(x, t), noise_scale * x)
+    assert torch.equal(NoisePredictor(lambda x, t: 0 * x, schedule, "eps")(x, t), 0 * x)
 
 
 def test_v_and_x_t_make_eps_as_they_make_x_0():
@@ -101,22 +99,11 @@ def test_eps_has_the_precision_of_the_state_whatever_the_network_returns(predict
 # ---- Choice of steps -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("tau", TAUS)
-@pytest.mark.parametrize(
-    ("timesteps", "lengths"),
-    [
-        (1000, range(1, 1001)),
-        (1, [1]),
-        (2, [1, 2]),
-        (10, range(1, 11)),
-        (37, range(1, 38)),
-        (4000, range(1, 4001, 333)),
-    ],
-)
-def test_every_number_of_steps_gives_that_many_distinct_ascending_timesteps(timesteps, lengths, tau):
-    schedule = NoiseSchedule(timesteps)
-    for steps in lengths:
-        chosen = ddim_timesteps(timesteps, steps, tau, schedule)
+@pytest.mark.parametrize("spacing", SPACINGS)
+@pytest.mark.parametrize(("timesteps", "stride"), [(1000, 1), (1, 1), (2, 1), (10, 1), (37, 1), (4000, 333)])
+def test_every_number_of_steps_gives_that_many_distinct_ascending_timesteps(timesteps, stride, spacing):
+    for steps in range(1, timesteps + 1, stride):
+        chosen = ddim_timesteps(timesteps, steps, spacing)
         assert len(chosen) == steps and all(type(t) is int for t in chosen)
         assert chosen == sorted(set(chosen)) and chosen[0] >= 0 and chosen[-1] < timesteps, steps
 
@@ -131,10 +118,6 @@ def test_quadratic_in_ten_steps_is_the_sequence_of_the_paper():
     assert ddim_timesteps(1000, 10, "quadratic") == [0, 9, 39, 88, 158, 246, 355, 483, 632, 800]
 
 
-def test_quadratic_ends_at_800_of_1000_as_long_as_its_steps_fit_below():
-    assert all(ddim_timesteps(1000, steps, "quadratic")[-1] == max(800, steps - 1) for steps in range(1, 1001))
-
-
 @pytest.mark.parametrize("timesteps", [1000, 4000])
 def test_quadratic_equals_the_official_formula_wherever_that_has_no_duplicates(timesteps):
     compared = 0
@@ -142,44 +125,33 @@ def test_quadratic_equals_the_official_formula_wherever_that_has_no_duplicates(t
         official = np.linspace(0, math.sqrt(0.8 * timesteps), steps) ** 2
         if len(set(official.astype(int))) == steps:
             safe = abs(official - official.round()) > 1e-6  # elsewhere the formula's own rounding decides
-            np.testing.assert_array_equal(
-                np.array(ddim_timesteps(timesteps, steps, "quadratic"))[safe], official[safe].astype(int)
-            )
+            ours = np.array(ddim_timesteps(timesteps, steps, "quadratic"))
+            np.testing.assert_array_equal(ours[safe], official[safe].astype(int))
             compared += safe.sum()
     assert compared > 300
 
 
-@pytest.mark.parametrize("steps", [50, 100, 250, 800])
-def test_where_quadratic_steps_collide_each_takes_the_next_free_integer(steps):
-    expected = []
-    for i in range(steps):
+@pytest.mark.parametrize("steps", [1, 50, 100, 250, 800, 900])
+def test_where_quadratic_steps_collide_each_takes_the_next_free_integer_and_the_last_is_at_800(steps):
+    expected = [] if steps > 1 else [800]
+    for i in range(steps - len(expected)):
         wanted = 800 * i * i // (steps - 1) ** 2
         expected.append(max(wanted, expected[-1] + 1) if expected else wanted)
     assert ddim_timesteps(1000, steps, "quadratic") == expected
+    assert expected[-1] == max(800, steps - 1)
 
 
-@pytest.mark.parametrize("schedule", [NoiseSchedule(1000), NoiseSchedule(1000, 1e-3, 0.01)])
-def test_karras_takes_equal_steps_in_the_seventh_root_of_sigma_from_end_to_end(schedule):
-    warped = ((1 - schedule.alphas_cumprod) / schedule.alphas_cumprod).sqrt().numpy() ** (1 / 7)
-    chosen = ddim_timesteps(1000, 10, "karras", schedule)
-    ideal = np.linspace(warped[0], warped[-1], 10)
-    assert (chosen[0], chosen[-1]) == (0, 999)
-    assert all(abs(warped[t] - wanted) <= abs(warped - wanted).min() + 1e-3 for t, wanted in zip(chosen, ideal))
-
-
-@pytest.mark.parametrize(
-    ("steps", "tau"), [(0, "uniform"), (-1, "quadratic"), (1001, "quadratic"), (1001, "karras"), (10, "cubic")]
-)
-def test_impossible_numbers_of_steps_and_unknown_taus_are_value_errors(steps, tau):
+@pytest.mark.parametrize(("steps", "spacing"), [(0, "uniform"), (-1, "quadratic"), (1001, "quadratic"), (10, "cubic")])
+def test_impossible_numbers_of_steps_and_unknown_spacings_are_value_errors(steps, spacing):
     with pytest.raises(ValueError, match="must be"):
-        ddim_timesteps(1000, steps, tau)
+        ddim_timesteps(1000, steps, spacing)
 
 
 # ---- Sampler ---------------------------------------------------------------------------------------------------------
 
 
 def reference_sample(model, x_T, tau, eta, noises):
-    """Eq. 12 and 16 as they are printed, in float64 numpy."""
+    """Compute Eq. 12 and 16 as they are printed, in float64 numpy."""
     alphas, x, noises = alphas_by_hand(), x_T.double().numpy(), iter(noises)
     for i in reversed(range(len(tau))):
         a, a_prev = alphas[tau[i]], alphas[tau[i - 1]] if i else 1.0
@@ -196,27 +168,18 @@ def replay(noises):
     return iter(noises).__next__
 
 
-@pytest.mark.parametrize("tau", TAUS)
+@pytest.mark.parametrize("spacing", SPACINGS)
 @pytest.mark.parametrize("steps", [1, 2, 20])
 @pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
-def test_sampling_is_equation_12(tau, steps, eta):
+def test_sampling_is_equation_12(spacing, steps, eta):
     x_T, noises = randn(3, 3, 4, 4), [randn(3, 3, 4, 4, seed=i) for i in range(1, steps)]
-    tau = ddim_timesteps(1000, steps, tau)
+    tau = ddim_timesteps(1000, steps, spacing)
     x_0 = ddim_sample(smooth_model, x_T, NoiseSchedule(), tau, eta, noise=replay(noises))
     torch.testing.assert_close(x_0, reference_sample(smooth_model, x_T, tau, eta, noises), rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("options", [{}, {"eta": 1.0}, {"order": 2}, {"clip_x0": True}])
-def test_the_last_step_returns_the_predicted_x_0(options):
-    seen, tau, x_T = [], ddim_timesteps(1000, 7, "quadratic"), randn(2, 3, 4, 4)
-    options["on_step"] = lambda t, x_0: seen.append((t, x_0))
-    x_0 = ddim_sample(smooth_model, x_T, NoiseSchedule(), tau, **options)
-    assert [t for t, _ in seen] == tau[::-1]
-    assert torch.equal(seen[-1][1], x_0)
-
-
 class Recorder:
-    """A model that keeps what it was asked, and what it answered."""
+    """Keeps what it was asked as a model, and what it answered."""
 
     def __init__(self):
         self.asked = []
@@ -227,15 +190,17 @@ class Recorder:
         return eps
 
 
-def test_every_step_shows_the_x_0_predicted_from_what_the_network_saw():
-    model, shown = Recorder(), []
-    start, tau = randn(2, 3, 4, 4), [3, 200, 700]
-    ddim_sample(model, start, NoiseSchedule(), tau, on_step=lambda t, x_0: shown.append((t, x_0.clone())))
+@pytest.mark.parametrize("options", [{}, {"eta": 1.0}, {"order": 2}], ids=str)
+def test_every_step_asks_once_and_shows_its_prediction_of_x_0_and_the_last_one_is_returned(options):
+    model, shown, tau = Recorder(), [], [3, 200, 700]
+    options = {**options, "on_step": lambda t, x_0: shown.append((t, x_0.clone()))}
+    x_0 = ddim_sample(model, randn(2, 3, 4, 4), NoiseSchedule(), tau, **options)
     assert [t.tolist() for _, t, _ in model.asked] == [[700, 700], [200, 200], [3, 3]]
-    assert model.asked[0][1].dtype == torch.int64
-    for (t, x_0), (x, _, eps) in zip(shown, model.asked, strict=True):
+    assert model.asked[0][1].dtype == torch.int64 and [t for t, _ in shown] == tau[::-1]
+    for (t, predicted), (x, _, eps) in zip(shown, model.asked, strict=True):
         alpha = alphas_by_hand()[t]
-        torch.testing.assert_close(x_0, (x - math.sqrt(1 - alpha) * eps) / math.sqrt(alpha))
+        torch.testing.assert_close(predicted, (x - math.sqrt(1 - alpha) * eps) / math.sqrt(alpha))
+    assert torch.equal(shown[-1][1], x_0)
 
 
 def test_encoding_asks_for_the_timestep_where_each_step_starts_and_first_for_the_lowest():
@@ -244,47 +209,22 @@ def test_encoding_asks_for_the_timestep_where_each_step_starts_and_first_for_the
     assert [t.tolist() for _, t, _ in model.asked] == [[3, 3], [3, 3], [200, 200]]
 
 
-def diffusers_sample(model, x, steps, eta=0.0, noises=None, clip=False):
-    scheduler = DDIMScheduler(clip_sample=clip, set_alpha_to_one=True, steps_offset=0, timestep_spacing="leading")
-    scheduler.alphas_cumprod = NoiseSchedule().alphas_cumprod  # its own are float32
-    scheduler.set_timesteps(steps)
-    for i, t in enumerate(scheduler.timesteps):
-        eps = model(x, torch.full((len(x),), int(t)))
-        extra = {"variance_noise": noises[i] if i < len(noises) else torch.zeros_like(x)} if noises is not None else {}
-        x = scheduler.step(eps, t, x, eta, use_clipped_model_output=clip, **extra).prev_sample
-    return x
-
-
-@pytest.mark.parametrize("steps", [10, 50])
-@pytest.mark.parametrize("clip", [False, True])
-@pytest.mark.parametrize("eta", [0.0, 0.4, 1.0])
-def test_sampling_agrees_with_diffusers_scheduler(steps, clip, eta):
+@pytest.mark.parametrize(("steps", "eta"), [(10, 0.0), (50, 0.0), (10, 0.4), (50, 1.0)])
+def test_sampling_agrees_with_diffusers_scheduler(steps, eta):
     x_T = randn(2, 3, 8, 8, dtype=torch.float32)
     noises = [randn(2, 3, 8, 8, seed=i, dtype=torch.float32) for i in range(1, steps)]
     tau = ddim_timesteps(1000, steps, "uniform")
+    ours = ddim_sample(gaussian_model(), x_T, NoiseSchedule(), tau, eta, noise=replay(noises))
 
-    def sample(clip_x0):
-        return ddim_sample(gaussian_model(), x_T, NoiseSchedule(), tau, eta, clip_x0=clip_x0, noise=replay(noises))
-
-    ours, theirs = sample(clip), diffusers_sample(gaussian_model(), x_T, steps, eta, noises if eta else None, clip)
-    assert ours.dtype == theirs.dtype == torch.float32
-    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
-    if clip:
-        assert largest(ours) <= 1 < largest(sample(clip_x0=False))
-
-
-def test_eta_1_along_every_timestep_is_the_ancestral_sampling_of_ddpm():
-    schedule, x_T = NoiseSchedule(50, 1e-3, 0.2), randn(2, 3, 4, 4)
-    noises = [randn(2, 3, 4, 4, seed=i) for i in range(1, 50)]
-    x_0 = ddim_sample(smooth_model, x_T, schedule, list(range(50)), 1.0, noise=replay(noises))
-    alphas_cumprod, x = alphas_by_hand(50, 1e-3, 0.2), x_T
-    for t in reversed(range(50)):  # DDPM, Algorithm 2, with the smaller of its two variances
-        before = alphas_cumprod[t - 1] if t else 1.0
-        alpha, bar = alphas_cumprod[t] / before, alphas_cumprod[t]
-        x = (x - (1 - alpha) / math.sqrt(1 - bar) * smooth_model(x, torch.full((2,), t))) / math.sqrt(alpha)
-        if t:
-            x = x + math.sqrt((1 - before) / (1 - bar) * (1 - alpha)) * noises[49 - t]
-    torch.testing.assert_close(x_0, x)
+    scheduler = DDIMScheduler(clip_sample=False, set_alpha_to_one=True, steps_offset=0, timestep_spacing="leading")
+    scheduler.alphas_cumprod = NoiseSchedule().alphas_cumprod  # its own are float32
+    scheduler.set_timesteps(steps)
+    x = x_T
+    for t, noise in zip(scheduler.timesteps, [*noises, torch.zeros_like(x)]):
+        eps = gaussian_model()(x, torch.full((2,), int(t)))
+        x = scheduler.step(eps, t, x, eta, variance_noise=noise if eta else None).prev_sample
+    assert ours.dtype == x.dtype == torch.float32
+    torch.testing.assert_close(ours, x, rtol=0, atol=1e-5)
 
 
 def test_eta_0_draws_no_noise_and_eta_1_draws_it_from_torch():
@@ -311,90 +251,93 @@ def test_the_state_keeps_the_precision_of_its_start_whatever_the_network_returns
     assert torch.equal(end, walk(lambda x, t: model(x, t).to(dtype), start, NoiseSchedule(), [0, 400, 800]))
 
 
-@pytest.mark.parametrize(
-    "options", [{"eta": -0.1}, {"eta": 1.1}, {"eta": math.nan}, {"eta": 0.5, "order": 2}, {"order": 3}]
-)
+@pytest.mark.parametrize("walk", [ddim_sample, ddim_encode])
+def test_gradients_work_inside_the_model_and_what_is_returned_can_be_trained_on(walk):
+    """Sample as guidance by a classifier does, and as a teacher inside a training step."""
+    x_T, layer, tau = randn(2, 3, 4, 4), torch.nn.Conv2d(3, 3, 1).double(), [0, 400, 800]
+
+    def guided(x, t):
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            (slope,) = torch.autograd.grad((x**2).sum(), x)
+        return smooth_model(x, t) + 0.1 * slope
+
+    x = walk(guided, x_T, NoiseSchedule(), tau)
+    torch.testing.assert_close(x, walk(lambda x, t: smooth_model(x, t) + 0.2 * x, x_T, NoiseSchedule(), tau))
+    assert not x.requires_grad and torch.is_grad_enabled()
+    layer(x).sum().backward()
+    assert layer.weight.grad.any()
+
+
+WITHOUT_MEANING = [{"eta": -0.1}, {"eta": 1.1}, {"eta": math.nan}, {"eta": 0.5, "order": 2}, {"order": 3}]
+
+
+@pytest.mark.parametrize("options", [*WITHOUT_MEANING, {"tau": [500, 0]}], ids=str)
 def test_sampling_options_without_a_meaning_are_value_errors(options):
-    with pytest.raises(ValueError, match="eta"):
-        ddim_sample(smooth_model, randn(1, 3, 4, 4), NoiseSchedule(), [0, 500], **options)
+    with pytest.raises(ValueError, match=r"eta|tau"):
+        ddim_sample(smooth_model, randn(1, 3, 4, 4), NoiseSchedule(), **{"tau": [0, 500], **options})
+
+
+@pytest.mark.parametrize(
+    ("schedule", "flags", "alpha"),
+    [((), {}, None), ((100,), {}, "0.52"), ((), {"tau": "uniform", "sample_steps": (2,)}, "0.08")],
+    ids=["default", "half of the image left", "uniform"],
+)
+def test_a_sampler_says_when_it_starts_where_the_network_expects_a_part_of_the_image(schedule, flags, alpha, capsys):
+    Sampler(torch.nn.Identity(), NoiseSchedule(*schedule), Config(**flags), Runtime(torch.device("cpu")))
+    said = "".join(capsys.readouterr())
+    assert ("warning" in said and alpha in said) if alpha else not said
 
 
 # ---- Gaussian data: the network and the solution of its ODE are known exactly ----------------------------------------
 
 
-def gaussian_model(schedule=None, predict="eps"):
-    """E[eps | x_t] where x_0 ~ N(MU, STD^2), from a network whose output stands for what `predict` says."""
-    schedule = schedule or NoiseSchedule()
+def gaussian_model(schedule=None):
+    """Return E[eps | x_t] where x_0 ~ N(MU, STD^2)."""
+    alphas = (schedule or NoiseSchedule()).alphas_cumprod
 
-    def network(x, t):
-        alpha = schedule.alphas_cumprod[t].view(-1, *[1] * (x.ndim - 1))
-        eps = (1 - alpha).sqrt() * (x - alpha.sqrt() * MU) / (alpha * STD**2 + 1 - alpha)
-        return eps if predict == "eps" else (eps - (1 - alpha).sqrt() * x) / alpha.sqrt()
+    def model(x, t):
+        alpha = alphas[t].view(-1, *[1] * (x.ndim - 1))
+        return ((1 - alpha).sqrt() * (x - alpha.sqrt() * MU) / (alpha * STD**2 + 1 - alpha)).to(x.dtype)
 
-    return NoisePredictor(network, schedule, predict)
-
-
-def exact_x_0(x_T, alpha_T):
-    return MU + STD * (x_T - math.sqrt(alpha_T) * MU) / math.sqrt(alpha_T * STD**2 + 1 - alpha_T)
+    return model
 
 
-def exact_x_T(x_0, alpha_T):
-    return math.sqrt(alpha_T) * MU + (x_0 - MU) / STD * math.sqrt(alpha_T * STD**2 + 1 - alpha_T)
-
-
-def sampling_error(tau, order=1, schedule=None, predict="eps"):
+def sampling_error(tau, order=1, schedule=None):
     schedule, x_T = schedule or NoiseSchedule(), randn(8, 3, 4, 4)
-    x_0 = ddim_sample(gaussian_model(schedule, predict), x_T, schedule, tau, order=order)
-    return largest(x_0 - exact_x_0(x_T, schedule.alpha(tau[-1])))
+    x_0 = ddim_sample(gaussian_model(schedule), x_T, schedule, tau, order=order)
+    alpha_T = schedule.alpha(tau[-1])
+    return largest(x_0 - (MU + STD * (x_T - math.sqrt(alpha_T) * MU) / math.sqrt(alpha_T * STD**2 + 1 - alpha_T)))
 
 
-def encoding_error(tau, schedule=None, predict="eps"):
+def encoding_error(tau, schedule=None):
     schedule, x_0 = schedule or NoiseSchedule(), MU + STD * randn(8, 3, 4, 4)
-    x_T = ddim_encode(gaussian_model(schedule, predict), x_0, schedule, tau)
-    return largest(x_T - exact_x_T(x_0, schedule.alpha(tau[-1])))
+    x_T = ddim_encode(gaussian_model(schedule), x_0, schedule, tau)
+    alpha_T = schedule.alpha(tau[-1])
+    return largest(x_T - (math.sqrt(alpha_T) * MU + (x_0 - MU) / STD * math.sqrt(alpha_T * STD**2 + 1 - alpha_T)))
 
 
-def round_trip_error(tau, predict="eps"):
-    model, schedule, x_0 = gaussian_model(predict=predict), NoiseSchedule(), MU + STD * randn(8, 3, 4, 4)
+def round_trip_error(tau):
+    model, schedule, x_0 = gaussian_model(), NoiseSchedule(), MU + STD * randn(8, 3, 4, 4)
     return largest(ddim_sample(model, ddim_encode(model, x_0, schedule, tau), schedule, tau) - x_0)
 
 
-@pytest.mark.parametrize("predict", ["v", "eps"])
-@pytest.mark.parametrize(("order", "tolerance"), [(1, 1e-2), (2, 2e-4)])
-def test_a_thousand_steps_land_on_the_exact_solution(order, tolerance, predict):
-    assert sampling_error(range(1000), order, predict=predict) < tolerance
+second_order_error = functools.partial(sampling_error, order=2)
 
 
-@pytest.mark.parametrize("predict", ["v", "eps"])
-@pytest.mark.parametrize("error", [encoding_error, round_trip_error])
-def test_a_thousand_steps_encode_an_image_and_bring_it_back(error, predict):
-    assert error(range(1000), predict=predict) < 2e-2
-
-
-@pytest.mark.parametrize("walk", [ddim_sample, ddim_encode])
-def test_a_network_of_v_and_one_of_eps_that_know_the_same_walk_the_same_way(walk):
-    start, tau = randn(8, 3, 4, 4), ddim_timesteps(1000, 20, "quadratic")
-    ends = [walk(gaussian_model(predict=predict), start, NoiseSchedule(), tau) for predict in ("v", "eps")]
-    torch.testing.assert_close(*ends, rtol=1e-9, atol=1e-9)
-
-
-@pytest.mark.parametrize("tau", TAUS)
-@pytest.mark.parametrize("error", [sampling_error, encoding_error, round_trip_error])
-def test_more_steps_come_closer(error, tau):
-    errors = [error(ddim_timesteps(1000, steps, tau)) for steps in (10, 20, 50, 100, 250)]
-    assert all(np.diff(np.log(errors)) < math.log(0.7)), errors
-
-
-@pytest.mark.parametrize(("tau", "steps"), [("quadratic", 40), ("karras", 40), ("uniform", 250)])
-def test_order_2_is_several_times_closer_than_order_1(tau, steps):  # uniform steps are uneven in log sigma
-    tau = ddim_timesteps(1000, steps, tau)
-    assert sampling_error(tau, order=2) < sampling_error(tau, order=1) / 5
+@pytest.mark.parametrize(
+    ("error", "most"),
+    [(sampling_error, 1e-2), (second_order_error, 2e-4), (encoding_error, 2e-2), (round_trip_error, 2e-2)],
+    ids=["sampling", "order 2", "encoding", "round trip"],
+)
+def test_a_thousand_steps_land_on_the_exact_solution(error, most):
+    assert error(range(1000)) < most
 
 
 @pytest.mark.parametrize(
     ("error", "order"),
-    [(sampling_error, 1), (functools.partial(sampling_error, order=2), 2), (encoding_error, 1)],
-    ids=["sampling", "sampling of order 2", "encoding"],
+    [(sampling_error, 1), (second_order_error, 2), (encoding_error, 1)],
+    ids=["sampling", "order 2", "encoding"],
 )
 def test_the_error_falls_with_the_order_promised(error, order):
     schedule = NoiseSchedule(3841, 1e-6, 0.005)  # 3840 divides into each number of steps, with the ends the same
@@ -405,11 +348,11 @@ def test_the_error_falls_with_the_order_promised(error, order):
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of numpy, inside diffusers
-@pytest.mark.parametrize("tau", TAUS)
-@pytest.mark.parametrize("steps", [1, 2, 3, 10, 20])
-def test_order_2_is_diffusers_dpm_solver(tau, steps):
+@pytest.mark.parametrize("spacing", SPACINGS)
+@pytest.mark.parametrize("steps", [1, 2, 3, 20])
+def test_order_2_is_diffusers_dpm_solver(spacing, steps):
     schedule, x_T = NoiseSchedule(), randn(2, 3, 4, 4)
-    tau = ddim_timesteps(1000, steps, tau)
+    tau = ddim_timesteps(1000, steps, spacing)
     solver = DPMSolverMultistepScheduler(solver_order=2, final_sigmas_type="zero")
     solver.set_timesteps(steps)
     solver.timesteps = torch.tensor(tau[::-1])
@@ -421,19 +364,7 @@ def test_order_2_is_diffusers_dpm_solver(tau, steps):
     torch.testing.assert_close(x_0, x.to(x_0.dtype), rtol=1e-4, atol=1e-4)
 
 
-def test_order_2_asks_the_network_no_more_often_than_order_1():
-    calls = {1: 0, 2: 0}
-    for order in calls:
-
-        def model(x, t, order=order):
-            calls[order] += 1
-            return smooth_model(x, t)
-
-        ddim_sample(model, randn(1, 3, 4, 4), NoiseSchedule(), [0, 250, 500, 750], order=order)
-    assert calls == {1: 4, 2: 4}
-
-
-# ---- Interpolation ---------------------------------------------------------------------------------------------------
+# ---- Interpolation, pixels -------------------------------------------------------------------------------------------
 
 
 def reference_slerp(a, b, weight):
@@ -452,34 +383,12 @@ def test_slerp_is_the_papers_formula_image_by_image(weight, dtype, tolerance):
         np.testing.assert_allclose(result[i].flatten(), reference_slerp(a[i], b[i], float(share)), atol=tolerance)
 
 
-def test_slerp_begins_at_its_first_argument_and_ends_at_its_second():
-    a, b = randn(2, 3, 8, 8, seed=1), randn(2, 3, 8, 8, seed=2)
-    torch.testing.assert_close(slerp(a, b, 0.0), a)
-    torch.testing.assert_close(slerp(a, b, 1.0), b)
-
-
-@pytest.mark.parametrize("weight", [0.1, 0.5, 0.8])
-def test_slerp_between_equal_norms_keeps_the_norm_and_goes_its_share_of_the_angle(weight):
-    unit = [x / x.flatten(1).norm(dim=1).view(-1, 1, 1, 1) for x in (randn(3, 3, 8, 8, seed=i) for i in (1, 2))]
-    a, b, between = (x.flatten(1) for x in (*unit, slerp(*unit, weight)))
-    torch.testing.assert_close(between.norm(dim=1), torch.ones(3, dtype=torch.float64))
-    torch.testing.assert_close((a * between).sum(1).acos(), weight * (a * b).sum(1).acos())
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize(("scale", "half_way"), [(1.0, 1.0), (3.0, 2.0), (1 + 1e-7, 1.0)])
-def test_slerp_between_parallel_vectors_is_the_straight_line(scale, half_way, dtype):
+def test_slerp_between_parallel_vectors_is_the_straight_line_and_else_finite(scale, half_way, dtype):
     a = randn(2, 3, 8, 8, dtype=dtype)
     torch.testing.assert_close(slerp(a, scale * a, 0.5), half_way * a, rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.parametrize("b", [-1.0, 0.0])
-def test_slerp_stays_finite_between_opposite_and_zero_vectors(b):
-    a = randn(2, 3, 8, 8)
-    assert slerp(a, b * a, 0.5).isfinite().all() and slerp(0 * a, 0 * a, 0.5).isfinite().all()
-
-
-# ---- Pixels ----------------------------------------------------------------------------------------------------------
+    assert slerp(a, -a, 0.5).isfinite().all() and slerp(0 * a, 0 * a, 0.5).isfinite().all()
 
 
 def test_every_pixel_value_survives_the_way_to_floats_and_back():
