@@ -30,6 +30,7 @@ import signal
 import socket
 import sys
 import tempfile
+import threading
 import time
 import traceback
 import zipfile
@@ -63,6 +64,7 @@ OUTPUT = "network output: fixed by the checkpoint"
 UNET = "network: fixed by the checkpoint"
 SCHEDULE = "noise schedule: fixed by the checkpoint"  # fields are passed to NoiseSchedule; none by default
 SAMPLING = "sampling"
+SAMPLER = "sampler"  # fields are passed to ddim_sample
 RUNTIME = "hardware"
 FILES = "files"
 
@@ -109,10 +111,11 @@ class Config:
         SAMPLING, (), "sampling steps S; experiments compare several, samples use the last [50]", least=1, nargs="+"
     )
     tau: str = flag(SAMPLING, "quadratic", "spacing of the S timesteps; the paper's is quadratic", choices=SPACINGS)
-    order: int = flag(SAMPLING, 1, "2: DPM-Solver++(2M), better for few steps, at the same cost", choices=(1, 2))
-    eta: float = flag(SAMPLING, 0.0, "0: DDIM, deterministic; 1: DDPM", least=0, most=1)
     no_ema: bool = flag(SAMPLING, False, "sample with the raw weights instead of their moving average")
     experiments: tuple = flag(SAMPLING, (), "pictures to draw", choices=EXPERIMENTS, nargs="+", type=str)
+
+    eta: float = flag(SAMPLER, 0.0, "0: DDIM, deterministic; 1: DDPM", least=0, most=1)
+    order: int = flag(SAMPLER, 1, "2: DPM-Solver++(2M), better for few steps, at the same cost", choices=(1, 2))
 
     device: str = flag(RUNTIME, "auto", "auto (cuda, else mps, else cpu), cpu, cuda, cuda:1, ...", metavar="DEVICE")
     precision: str = flag(RUNTIME, "auto", "auto: bf16 where it is fast", choices=("auto", "fp32", "bf16"))
@@ -214,10 +217,12 @@ class NoisePredictor(nn.Module):
     def forward(self, x, t):
         """Return eps, like x. x: [N, 3, H, W]; t: int64 [N]."""
         output = self.network(x, t).to(x.dtype)
+        signal_scale, noise_scale = self.schedule.scales(x, t)
         if self.predict == "eps":
             return output
-        signal_scale, noise_scale = self.schedule.scales(x, t)
-        return noise_scale * x + signal_scale * output
+        if self.predict == "v":
+            return noise_scale * x + signal_scale * output
+        raise ValueError(f"predict {self.predict!r} is not implemented")
 
 
 def ddim_timesteps(timesteps, steps, spacing):
@@ -313,8 +318,9 @@ def ddim_encode(model, x_0, schedule, tau):
 
 def check_tau(tau, schedule):
     """Raise ValueError unless tau holds ascending timesteps of the schedule."""
-    if not len(tau) or list(tau) != sorted({*tau}) or tau[0] < 0 or tau[-1] >= schedule.timesteps:
-        raise ValueError(f"tau must hold ascending timesteps in 0..{schedule.timesteps - 1}, not {list(tau)[:5]} ...")
+    values = [int(t) for t in tau]
+    if not values or values != sorted({*values}) or values[0] < 0 or values[-1] >= schedule.timesteps:
+        raise ValueError(f"tau must hold ascending timesteps in 0..{schedule.timesteps - 1}, not {values[:5]} ...")
 
 
 def slerp(a, b, weight):
@@ -729,6 +735,8 @@ def train(trainer, images, held_out, log):
                 with forgiving():
                     sampler = Sampler(trainer.ema, trainer.schedule, config, trainer.runtime)
                     save_samples(sampler, config.folder / f"ddim_samples_epoch_{epoch}.png", count=16)
+        if late := max(gather(max(signals, default=0))):
+            raise SystemExit(128 + late)
 
 
 # ---- Sampling --------------------------------------------------------------------------------------------------------
@@ -779,17 +787,17 @@ class Sampler:
             if on_step:
                 on_step(t, x_0)
 
-        options = {"order": self.config.order, "noise": lambda: self.normal(generators), "on_step": count_step}
-        return ddim_sample(self.eps, x_T, self.schedule, self.tau(steps), self.config.eta, **options)
+        options = {**self.config.of(SAMPLER), "noise": lambda: self.normal(generators), "on_step": count_step}
+        return ddim_sample(self.eps, x_T, self.schedule, self.tau(steps), **options)
 
 
 def save_samples(sampler, path, count, export=None):
     """Draw images 0..count-1. Write the first 256 as a grid to `path`, and all to `export` (see save_images)."""
     steps = sampler.config.steps
     images = compute(sampler, count, functools.partial(sampler.sample, steps=steps), steps, "sampling", to_uint8)
-    save_grid(images[:256], path)
     if export:
         save_images(images, Path(export).resolve())
+    save_grid(images[:256], path)
 
 
 # ---- Experiments -----------------------------------------------------------------------------------------------------
@@ -843,14 +851,18 @@ def reconstruction(sampler, test_images):
     count, columns = len(originals), [originals[:8]]
 
     def encode_and_decode(indices, steps):
+        def eps(x, t):
+            sampler.bar.update(len(x) * world.size)
+            return sampler.eps(x, t)
+
         x_0 = originals[indices].to(sampler.runtime.device, memory_format=torch.channels_last)
-        x_T = ddim_encode(sampler.eps, x_0, sampler.schedule, sampler.tau(steps))
+        x_T = ddim_encode(eps, x_0, sampler.schedule, sampler.tau(steps))
         return sampler.sample(indices, steps, x_T)
 
     say(f"mean squared error of {count:,} reconstructed test images, per dimension on [0, 1]:")
     for steps in config.compared_steps:
         draw = functools.partial(encode_and_decode, steps=steps)
-        decoded = compute(sampler, count, draw, steps, f"reconstruction, S = {steps}")
+        decoded = compute(sampler, count, draw, 2 * steps, f"reconstruction, S = {steps}")
         say(f"    S = {steps:<5} {((decoded - originals) / 2).square().mean().item():.4g}")
         columns.append(decoded[:8])
     labels = ["original"] + [f"S={steps}" for steps in config.compared_steps]
@@ -962,12 +974,23 @@ def make_optimizers(model, name, lr):
     """Return the optimizers, all at rate lr: [Muon for weight matrices, Adam for the rest], or [Adam]."""
     if name == "adam":
         return [torch.optim.Adam(model.parameters(), lr=lr, fused=True)]
+    if name != "muon":
+        raise ValueError(f"optimizer {name!r} is not implemented")
     matrices, others = [], []
     for parameter in model.parameters():
         is_matrix = parameter.ndim >= 2 and min(len(parameter), parameter[0].numel()) >= 32
         (matrices if is_matrix else others).append(parameter)
     optimizers = [Muon(matrices, lr)] if matrices else []
     return [*optimizers, torch.optim.Adam(others, lr=lr, fused=True)]
+
+
+def load_optimizers(optimizers, states):
+    """Load moments, but keep the settings of make_optimizers, which may have been edited."""
+    for optimizer, state in zip(optimizers, states, strict=True):
+        groups = [{**group} for group in optimizer.param_groups]
+        optimizer.load_state_dict(state)
+        for group, settings in zip(optimizer.param_groups, groups):
+            group.update(settings)
 
 
 class GroupNorm(nn.GroupNorm):
@@ -1075,7 +1098,7 @@ def open_cifar10(folder):
     with contextlib.suppress(RuntimeError):  # torchvision's: not found or corrupted
         return read()
     final, archive = folder / CIFAR10.base_folder, folder / CIFAR10.filename
-    has_images = any(path.suffix.lower() in READABLE for path in folder.glob("*"))
+    has_images = any(path.suffix.lower() in (".jpg", ".jpeg", ".png", ".webp") for path in folder.rglob("*"))
     if has_images and not final.exists() and not archive.exists():
         raise UserError(f"--data-dir {folder} holds images, not CIFAR-10: to train on them, use --dataset {folder}")
 
@@ -1083,10 +1106,11 @@ def open_cifar10(folder):
     timeout = socket.getdefaulttimeout()
     socket.setdefaulttimeout(30)
     try:
-        final.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".download-", dir=folder) as private:
             root = folder if archive.is_file() else private
             utils.download_and_extract_archive(CIFAR10.url, root, private, md5=CIFAR10.tgz_md5)
+            final.mkdir(exist_ok=True)
             for file in Path(private, CIFAR10.base_folder).iterdir():
                 os.replace(file, final / file.name)
         return read()
@@ -1109,9 +1133,11 @@ def read_folder(folder):
         raise UserError(f"--dataset {folder}: {error}") from error
 
     found = [Path(place, name) for place, _, names in os.walk(folder, onerror=fail) for name in names]
-    found = [path for path in sorted(found) if not path.name.startswith((".", "ddim_"))]  # ddim_*: our own output
+    own = [path for path in found if path.name.startswith("ddim_")]  # drawn by this program
+    found = [path for path in sorted({*found} - {*own}) if not path.name.startswith(".")]
     files = [path for path in found if path.suffix.lower() in READABLE]
-    skipped = Counter(path.suffix.lower() or path.name for path in {*found} - {*files})
+    skipped = Counter(path.suffix.lower() or "without an ending" for path in {*found} - {*files})
+    skipped["named ddim_*"] = len(own)
 
     def read(path):
         try:
@@ -1123,10 +1149,10 @@ def read_folder(folder):
     with ThreadPoolExecutor() as pool:
         arrays = list(progress(pool.map(read, files), total=len(files), desc="reading", unit="image"))
     images = [array for array in arrays if array is not None]
-    kinds = ", ".join(f"{count:,} {kind}" for kind, count in skipped.most_common(8))
+    kinds = ", ".join(f"{count:,} {kind}" for kind, count in skipped.most_common() if count)
     if not images:
         raise UserError(f"--dataset {folder}: no readable images ({kinds or 'the folder is empty'})")
-    if skipped:
+    if kinds:
         say(f"warning: skipped in {folder}: {kinds}", sys.stderr)
     return to_images(np.stack(images))
 
@@ -1293,9 +1319,10 @@ class Log:
 def read_log(folder, step):
     """Return the rows of a run's log up to this step, as lists of strings. Incomplete rows are left out."""
     path = folder / "ddim_log.csv"
-    text = path.read_text(errors="replace") if path.is_file() else ""
+    text = path.read_text(errors="replace").replace("\0", "") if path.is_file() else ""
     rows = [line.split(",") for line in text.splitlines()]
-    return [row for row in rows if len(row) == len(Log.columns) and row[0].isdigit() and int(row[0]) <= step]
+    rows = [row for row in rows if len(row) == len(Log.columns) and row[0].isdigit() and row[-1]]
+    return [row for row in rows if int(row[0]) <= step]
 
 
 # ---- Checkpoints -----------------------------------------------------------------------------------------------------
@@ -1362,8 +1389,10 @@ def read_checkpoint(path, device):
         # Do the settings fit this program, and the weights the settings?
         config = Config(**checkpoint["config"])
         check(config)
+        if not isinstance(checkpoint.get("step", 0), int):
+            raise ValueError(f"its step is {checkpoint['step']!r}")
         for name, value in facts(config).items():
-            if name != "config" and not torch.equal(*map(torch.as_tensor, (checkpoint.get(name, value), value))):
+            if name != "config" and not np.allclose(checkpoint.get(name, value), value, rtol=1e-9, atol=0):
                 raise ValueError(f"it was trained with another {name} than this program has")
         for part in ("ema", "model") if "step" in checkpoint else ("ema",):
             with torch.device("meta"):
@@ -1403,20 +1432,20 @@ def runs_in(folder):
     """Return (steps, path) of the checkpoints in a folder, furthest first. Unreadable ones count as furthest."""
     runs = []
     for path in sorted(folder.glob("ddim_model_*.pth")):
-        try:
-            steps = torch.load(path, map_location="meta", mmap=True, weights_only=True).get("step", 0)
-        except Exception:  # load_checkpoint says what is wrong
-            steps = math.inf
+        steps = math.inf  # load_checkpoint says what is wrong
+        for mmap in (True, False):  # not every file system can map files
+            with contextlib.suppress(Exception):
+                steps = int(torch.load(path, map_location="meta", mmap=mmap, weights_only=True).get("step", 0))
+                break
         runs.append((steps, path))
     return sorted(runs, reverse=True)
 
 
 def holds_quick_test(folder):
-    """Return whether a folder holds a quick test: a log of at most one row, and no checkpoint but the final one."""
+    """Return whether a folder holds a quick test: a log of at most one row, and no checkpoint but a final one."""
     with contextlib.suppress(OSError):
-        names = {path.name for path in folder.glob("ddim_model_*.pth")}
-        has_log = (folder / "ddim_log.csv").is_file()
-        return has_log and len(read_log(folder, math.inf)) <= 1 and names <= {"ddim_model_final.pth"}
+        is_short = (folder / "ddim_log.csv").is_file() and len(read_log(folder, math.inf)) <= 1
+        return is_short and all(steps <= 1 and path.stem == "ddim_model_final" for steps, path in runs_in(folder))
     return False  # the log cannot be read
 
 
@@ -1425,8 +1454,9 @@ def make_room(folder, step, own):
 
     step, own: the step at which this run begins, and its checkpoint. The files of the run that it continues stay.
     """
-    if own and own.parent == folder and step >= runs_in(folder)[0][0]:
+    if own and own.parent == folder and all(step >= steps for steps, _ in runs_in(folder)):
         return
+    os.listdir(folder)  # raises an error where glob would find nothing, in a folder that cannot be listed
     patterns = ("ddim_model_*.pth", "ddim_log.csv", "ddim_samples*.png")
     files = [path for pattern in patterns for path in folder.glob(pattern) if path != own]
     if files and not holds_quick_test(folder):
@@ -1465,15 +1495,18 @@ def write_atomically(path, write):
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch.save wraps the error of a full disk
-        raise UserError(f"cannot write {path.resolve()}: {error.__context__ or error}") from error
+        cause = error.__context__ if isinstance(error, RuntimeError) else error
+        raise UserError(f"cannot write {path.resolve()}: {cause or error}") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
 
 
 # ---- Weights from and for diffusers ----------------------------------------------------------------------------------
 
 PREDICTION_TYPES = {"v": "v_prediction", "eps": "epsilon"}  # diffusers' names
 WEIGHTS_NAME = "diffusion_pytorch_model"
+BETA_SCHEDULERS = ("DDPMScheduler", "DDIM", "PNDM", "DPMSolver", "Euler", "UniPC", "DEIS", "LMS")  # not flow matching
 
 # diffusers' defaults for keys that decide what a network computes, and that a file may lack.
 DEFAULTS = json.loads("""{
@@ -1519,7 +1552,8 @@ def published_files(folder):
     patterns = (f"{WEIGHTS_NAME}.", f"{WEIGHTS_NAME}*-of-*.", f"{WEIGHTS_NAME}.*.")
     for place, ending, pattern in itertools.product((folder / "unet", folder), ("safetensors", "bin"), patterns):
         if files := sorted(place.glob(pattern + ending)):
-            return files if "-of-" in pattern else files[:1]
+            shards = files[0].name.rsplit("-", 3)[0] + "-"  # of one variant
+            return [file for file in files if file.name.startswith(shards)] if "-of-" in pattern else files[:1]
     return []
 
 
@@ -1534,11 +1568,14 @@ def from_published(weights, folder):
     for old, new in renamed.items():
         weights = {name.replace(old, new): value for name, value in weights.items()}
 
-    places = [folder, folder.parent / "scheduler"] if folder.name == "unet" else [folder]
+    folder = folder.absolute()
+    places = [folder, (folder.parent if folder.name == "unet" else folder) / "scheduler"]
     found = {path.name: json.loads(path.read_text()) for place in places for path in place.glob("*config.json")}
-    settings = {"predict": "eps"}
-    if found.get("scheduler_config.json", {}).get("prediction_type") == PREDICTION_TYPES["v"]:
-        settings["predict"] = "v"
+    predictions = {prediction_type: predict for predict, prediction_type in PREDICTION_TYPES.items()}
+    scheduler = found.get("scheduler_config.json", {})
+    settings = {"predict": predictions.get(scheduler.get("prediction_type"), "eps")}
+    if not scheduler.get("_class_name", "DDPMScheduler").startswith(BETA_SCHEDULERS):
+        raise ValueError(f"its scheduler is {scheduler['_class_name']}, which has no betas")
     if unet := found.get("config.json"):
         widths, kinds = unet["block_out_channels"], unet["down_block_types"]
         settings["channels"], settings["channel_mults"] = widths[0], tuple(width // widths[0] for width in widths)
@@ -1550,19 +1587,19 @@ def from_published(weights, folder):
     for file, defaults in DEFAULTS.items():
         if file not in found:
             say(f"note: no {file} beside the weights: assuming DDPM's")
-            continue
+            found[file] = {} if file == "scheduler_config.json" else ours[file]
         for key in sorted({*defaults, *ours[file]} - {"_class_name", "dropout", "clip_sample"}):
             value, expected = ({**defaults, **values}.get(key) for values in (found[file], ours[file]))
             if value != expected:
                 value, expected = str(value)[:60], str(expected)[:60]
                 raise ValueError(f"its {file} has {key} = {value}, but this program computes {expected}")
-    free = [] if "scheduler_config.json" in found else ["predict"]
-    return {"format": FORMAT, "config": settings, "ema": weights, "free": free}
+    return {"format": FORMAT, "config": settings, "ema": weights, "free": [] if scheduler else ["predict"]}
 
 
 def export_weights(path, model, config):
     """Write weights alone: x.pth in bf16, for --sample, --resume and load_model, or a folder for diffusers."""
     weights = {name: value.cpu().contiguous() for name, value in model.state_dict().items()}
+    set_aside(path if path.suffix == ".pth" else path / "unet")
     if path.suffix == ".pth":
         content = {**facts(config), "ema": {name: value.bfloat16() for name, value in weights.items()}}
         for name in Config.names(FILES):  # the paths of this machine
@@ -1579,8 +1616,6 @@ def export_weights(path, model, config):
         files[f"unet/{WEIGHTS_NAME}.safetensors"] = save(weights, {"format": "pt"})
         for name, data in files.items():
             write_atomically(path / name, lambda file, data=data: file.write(data))
-        for old in {*(path / "unet").glob(f"{WEIGHTS_NAME}*")} - {path / name for name in files}:
-            old.unlink()  # another variant, or shards, of earlier weights
     say(f"wrote {path}")
 
 
@@ -1655,7 +1690,8 @@ def signals_noted():
     before = {}
     for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU"):  # batch systems send the last three
         signum = getattr(signal, name, None)  # Windows has two of them
-        if signum and signal.getsignal(signum) is not signal.SIG_IGN:  # nohup ignores SIGHUP
+        is_main = threading.current_thread() is threading.main_thread()  # no other may set handlers
+        if signum and is_main and signal.getsignal(signum) is not signal.SIG_IGN:  # nohup ignores SIGHUP
             before[signum] = signal.signal(signum, note)
     try:
         yield noted
@@ -1683,7 +1719,7 @@ def rescued(trainer, log):
         yield
     except (Exception, SystemExit):
         with forgiving():
-            if trainer.is_whole and first < trainer.steps < config.total:
+            if trainer.is_whole and trainer.steps > first:
                 save_checkpoint(config.folder / "ddim_model_last.pth", trainer)
             if log.pending:
                 log.write(log.fetch(), val_loss=None)
@@ -1707,16 +1743,21 @@ def lock(folder):
     return file
 
 
+class Unbroken(io.FileIO):
+    """A stream that goes on unseen when its reader is gone, such as a pipe to head or a closed window."""
+
+    def write(self, data):
+        try:
+            return super().write(data)
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.fileno())
+            return len(data)
+
+
 def say(text, file=None, everywhere=False):
     """Print a line above the progress bar, from rank 0 or from every process."""
-    file = file or sys.stdout
-    if world.rank > 0 and not everywhere:
-        return
-    try:
-        (tqdm.write if sys.stderr.isatty() else print)(text, file=file)
-        file.flush()
-    except OSError:  # the reader is gone, such as a pipe to head or a closed window: go on unseen
-        os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())
+    if world.rank == 0 or everywhere:
+        (tqdm.write if sys.stderr.isatty() else functools.partial(print, flush=True))(text, file=file or sys.stdout)
 
 
 def progress(items=None, **options):
@@ -1812,13 +1853,20 @@ def make_parser():
         if setting.type is bool:
             options["action"] = "store_true"
         else:
-            options.setdefault("type", {tuple: int, str: os.path.expanduser}.get(setting.type, setting.type))
+            options.setdefault("type", {tuple: int, str: path_or_name}.get(setting.type, setting.type))
             if "choices" not in options:
                 options.setdefault("metavar", "PATH" if setting.type is str else "N")
             if setting.default not in (None, ()):
                 options["help"] += f" [{spell(setting.default)}]"
         groups[setting.metadata["group"]].add_argument(spell_flag(setting.name), **options)
     return parser
+
+
+def path_or_name(text):
+    """Return the text of a flag with ~ expanded. It must not be empty, as an unset variable of a shell is."""
+    if not text:
+        raise argparse.ArgumentTypeError("must not be empty")
+    return os.path.expanduser(text)
 
 
 def spell_flag(name):
@@ -1871,7 +1919,11 @@ def inherit(checkpoint, typed):
         taken |= {*Config.names(LENGTH, RUN), "data_dir"}  # to reconstruct test images, and to export the weights
     elif "step" in checkpoint:
         fixed |= {*Config.names(RUN), "seed"}
-        taken |= {*Config.names(LENGTH, RUN, SAMPLING, RUNTIME), "data_dir"} - {"device", "no_ema", "experiments"}
+        taken |= {*Config.names(LENGTH, RUN, SAMPLING, SAMPLER, RUNTIME), "data_dir"} - {
+            "device",
+            "no_ema",
+            "experiments",
+        }
     if {"cifar10", "synthetic"}.isdisjoint([saved["dataset"], typed.get("dataset")]):
         fixed -= {"dataset"}  # a folder may have moved; images_crc32 is compared
 
@@ -1902,13 +1954,14 @@ def check(config):
 
     # Sampling and experiments.
     timesteps = NoiseSchedule(**config.of(SCHEDULE)).timesteps
-    if max(config.steps, *config.sample_steps) > timesteps:
-        raise UserError(f"--sample-steps {max(config.steps, *config.sample_steps)}: must be at most {timesteps}")
-    compares = {"reconstruction", "consistency"} & {*config.experiments}
-    if config.eta > 0 and (config.order == 2 or compares):
-        raise UserError(f"--eta {config.eta}: must be 0 for --order 2, reconstruction and consistency")
-    if "reconstruction" in config.experiments and config.order == 2:
-        raise UserError("--experiments reconstruction: not with --order 2, because encoding is first order")
+    steps = max((config.steps, *config.sample_steps))
+    if steps > timesteps:
+        raise UserError(f"--sample-steps {steps}: must be at most {timesteps}")
+    if config.eta > 0 and config.order == 2:
+        raise UserError(f"--order 2: needs --eta 0, not {config.eta}")
+    if "reconstruction" in config.experiments and config.of(SAMPLER) != Config().of(SAMPLER):
+        flags = " and ".join(map(spell_flag, Config.names(SAMPLER)))
+        raise UserError(f"--experiments reconstruction: needs the default {flags}, which ddim_encode inverts")
 
     # Files.
     for name, ending in (("export", ".npz"), ("export_weights", ".pth")):
@@ -1921,7 +1974,7 @@ def check(config):
         raise UserError(f"--export {config.export}: must be a folder of its own")
     is_known = config.channel_mults[0] == 1 and config.predict in PREDICTION_TYPES and len(Config.names(UNET)) == 4
     if config.export_weights and not config.export_weights.endswith(".pth") and not is_known:
-        raise UserError("--export-weights: diffusers has no such network; write NAME.pth instead")
+        raise UserError("--export-weights: diffusers has no such network or prediction; write NAME.pth instead")
 
 
 def execute(config, checkpoint, runtime):
@@ -1948,7 +2001,7 @@ def execute(config, checkpoint, runtime):
     if count < config.num_samples:
         say(f"drawing {count} images, the most that a grid shows; use --export to write all {config.num_samples:,}")
     picture = config.folder / "ddim_samples.png"
-    is_own = not config.sample or config.folder == checkpoint["path"].parent
+    is_own = not config.sample or ("step" in checkpoint and config.folder == checkpoint["path"].parent)
     if world.rank == 0 and not is_own and runs_in(config.folder) and not holds_quick_test(config.folder):
         set_aside(picture)  # of another run
     sampler = Sampler(model, schedule, config, runtime, evaluations=math.ceil(count * config.steps / 256))
@@ -1960,6 +2013,7 @@ def execute(config, checkpoint, runtime):
 
     if not (config.experiments or config.export or config.export_weights):
         words = ["--sample", config.sample or str(config.folder), "--experiments", "trajectory", "interpolation"]
+        words += ["--seed", str(config.seed)] if config.seed else []
         say(f"next: python {shlex.join([sys.argv[0], *words])}")
 
 
@@ -1978,9 +2032,11 @@ def execute_training(config, checkpoint, runtime, model, schedule):
         own = checkpoint["path"]
         trainer.steps = checkpoint["step"]  # `execute` has loaded the weights
         trainer.ema.load_state_dict(checkpoint["ema"])
-        for optimizer, state in zip(trainer.optimizers, checkpoint["optimizer"], strict=True):
-            optimizer.load_state_dict(state)
-        if checkpoint["images_crc32"] != trainer.images_crc32:
+        try:
+            load_optimizers(trainer.optimizers, checkpoint["optimizer"])
+        except Exception as error:  # torch raises errors of many kinds
+            raise UserError(f"checkpoint {own} cannot be resumed ({type(error).__name__}: {error})") from error
+        if checkpoint.get("images_crc32") != trainer.images_crc32:
             say("warning: the training images differ from those the checkpoint was trained on", sys.stderr)
         rows = read_log(own.parent, trainer.steps)
     if checkpoint:
@@ -1989,7 +2045,7 @@ def execute_training(config, checkpoint, runtime, model, schedule):
         raise UserError("the processes found different checkpoints; they must all see the same files")
     if world.rank == 0:
         make_room(config.folder, trainer.steps, own)
-        for leftover in config.folder.glob("ddim_*.tmp"):  # of a run that was killed while it saved
+        for leftover in config.folder.glob("ddim_*.[0-9]*.tmp"):  # of a run that was killed while it saved
             leftover.unlink(missing_ok=True)
 
     log = Log(config, trainer.steps, rows)
@@ -2031,7 +2087,8 @@ def main(argv=None):
 
 if __name__ == "__main__":
     for name in ("stdout", "stderr"):
-        stream = getattr(sys, name) or open(os.devnull, "w")  # noqa: SIM115 (closed, as by >&-)
-        stream.reconfigure(errors="replace")  # shows a character that the terminal lacks as a question mark
-        setattr(sys, name, stream)
+        stream = getattr(sys, name)  # None if it was closed, as by >&-
+        number, encoding = (stream.fileno(), stream.encoding) if stream else (os.open(os.devnull, os.O_WRONLY), "utf-8")
+        buffer = io.BufferedWriter(Unbroken(number, "w", closefd=False))
+        setattr(sys, name, io.TextIOWrapper(buffer, encoding, errors="replace", line_buffering=True))
     sys.exit(main())

@@ -1,6 +1,7 @@
 """What several test files share: the command in this process and in others, a trained checkpoint, readers."""
 
 import collections
+import contextlib
 import csv
 import os
 import signal
@@ -24,8 +25,8 @@ NETWORK = ["--channels", "32", "--channel-mults", "1", "2", "--res-blocks", "1",
 DEVICE = ["--device", "cpu"]
 NETWORK += [*DEVICE, "--compile", "off"]
 FEW_IMAGES = tempfile.TemporaryDirectory(prefix="ddim_images_")  # 40 to train on, 4 held out
-TINY = [*NETWORK, "--dataset", "folder", "--data-dir", FEW_IMAGES.name]
-TINY += ["--batch-size", "4", "--sample-steps", "2", "--precision", "fp32"]
+TINY = [*NETWORK, "--dataset", FEW_IMAGES.name, "--batch-size", "4", "--sample-steps", "2", "--precision", "fp32"]
+PATIENCE = 120  # seconds; no process of a test takes longer, but for those of --slow
 Result = collections.namedtuple("Result", "code out err")
 
 
@@ -48,13 +49,14 @@ class Command:
         code = ddim_cifar.main([*flags, *more])
         return Result(code, *self.capfd.readouterr())
 
-    def start(self, *flags, python=(), **options):
+    def start(self, *flags, python=(), before=lambda: None, **options):
         """The command in a process of its own, without a network, as from a shell. It is killed when the test ends."""
         refusing = "http://127.0.0.1:9"
         options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, **options}
         options["env"] = {**os.environ, "http_proxy": refusing, "https_proxy": refusing, **options.get("env", {})}
         command = [sys.executable, *python, str(SCRIPT), *map(str, flags)]
-        process = subprocess.Popen(command, preexec_fn=heed_signals, **options)
+        prepare = {"start_new_session": True, "preexec_fn": lambda: [heed_signals(), before()]}
+        process = subprocess.Popen(command, **prepare, **options)
         self.processes.append(process)
         return process
 
@@ -62,9 +64,26 @@ class Command:
         launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
         return self.start(*flags, python=launcher, env={"OMP_NUM_THREADS": "1"}, **options)
 
+    def finish(self, process, seconds=PATIENCE):
+        """Wait for a process to end: its code and what it wrote. One that hangs is killed, and the test fails."""
+        try:
+            out, err = process.communicate(timeout=seconds)
+        except subprocess.TimeoutExpired:
+            self.kill(process)
+            pytest.fail(f"still running after {seconds} seconds: {process.communicate(timeout=10)}")
+        return Result(process.returncode, out, err)
+
+    def kill(self, process):
+        """End a process and those that it started: torchrun puts each into a session of its own."""
+        listed = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+        children = listed.read_text().split() if process.poll() is None and listed.exists() else []
+        for pid in [*map(int, children), process.pid]:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(pid, signal.SIGKILL)
+
 
 def heed_signals():
-    """A test suite in the background hands down that signals are ignored."""
+    """Undo that a test suite in the background hands down ignored signals."""
     for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(signum, signal.SIG_DFL)
 
@@ -75,8 +94,8 @@ def ddim(tmp_path, capfd):
     command = Command(tmp_path, capfd)
     yield command
     for process in command.processes:
-        process.kill()
-        process.communicate()
+        command.kill(process)
+        process.communicate(timeout=10)
 
 
 @pytest.fixture(scope="session")
@@ -107,9 +126,9 @@ def read_log():
 
 @pytest.fixture(scope="session")
 def wait_until():
-    """Waits for a condition while a process runs, two minutes at most."""
+    """Waits for a condition while a process runs."""
 
-    def wait(condition, process, seconds=120):
+    def wait(condition, process, seconds=PATIENCE):
         end = time.monotonic() + seconds
         while process.poll() is None and not condition():
             assert time.monotonic() < end, "waited in vain"
@@ -119,7 +138,7 @@ def wait_until():
 
 
 def pytest_addoption(parser):
-    parser.addoption("--slow", action="store_true", help="run the long torture tests, too")
+    parser.addoption("--slow", action="store_true", help="run the long torture tests as well")
     parser.addoption("--on", default="cpu", metavar="DEVICE", help="where the command runs: cuda, mps, cpu [cpu]")
 
 

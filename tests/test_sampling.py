@@ -1,35 +1,24 @@
-"""Pictures: the same image for the same number, exact counts, nothing half-written, and the paper's experiments."""
+"""Pictures: the same image for the same number, nothing half-written; the paper's experiments; diffusers' networks."""
 
+import json
 import math
 import os
+import re
+import shutil
 from itertools import pairwise
 
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMPipeline
+from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
 from PIL import Image
 from torch import nn
 
 import ddim_cifar
-from ddim_cifar import (
-    UNET,
-    Config,
-    NoiseSchedule,
-    Runtime,
-    Sampler,
-    UNet,
-    compute_all,
-    ddim_sample,
-    ddim_timesteps,
-    draw_shapes,
-    load_model,
-    to_uint8,
-)
+from ddim_cifar import Config, NoiseSchedule, Runtime, Sampler, UserError, load_model, save_grid, to_uint8
 
 FAST = ["--sample-steps", "3", "--precision", "fp32"]
-DIFFUSERS = [*FAST, "--tau", "uniform", "--num-samples", "2"]  # the steps that its scheduler takes, too
-WEIGHTS = "diffusion_pytorch_model.safetensors"
+TWO = ["--num-samples", "2"]
 
 
 class Zero(nn.Module):
@@ -39,37 +28,27 @@ class Zero(nn.Module):
         return torch.zeros_like(x)
 
 
-def sampler_of(model, schedule=None, **settings):
-    config = Config(predict="eps", **settings)
-    schedule = schedule or NoiseSchedule(config.timesteps, config.beta_start, config.beta_end)
-    return Sampler(model, schedule, config, Runtime(torch.device("cpu")))
-
-
-@pytest.fixture(scope="module")
-def checkpoints(checkpoint, tmp_path_factory):
-    """A checkpoint for each way of predicting. That of eps has a schedule of its own."""
-    folder = tmp_path_factory.mktemp("eps")
-    network = "--channels 32 --channel-mults 1 2 --res-blocks 1 --attn-resolutions 16 --device cpu --precision fp32"
-    training = "--dataset synthetic --batch-size 4 --iterations 10 --lr 2e-3 --warmup 0 --predict eps --beta-end 0.004"
-    sampling = ["--sample-steps", "1", "--num-samples", "1", "--out-dir", str(folder)]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ddim_cifar, "HELD_OUT", 40)  # to save time
-        assert ddim_cifar.main([*network.split(), *training.split(), *sampling]) == 0
-    return {"v": checkpoint, "eps": folder / "ddim_model_final.pth"}
+def sampler_of(model, **settings):
+    return Sampler(model, NoiseSchedule(), Config(predict="eps", **settings), Runtime(torch.device("cpu")))
 
 
 @pytest.fixture
 def export(ddim, checkpoint, tmp_path):
     """export(name, *flags) samples from the checkpoint, or another, and returns the images of the archive or folder."""
 
-    def run(name, *flags, path=checkpoint, steps=FAST):
-        result = ddim("--sample", path, *steps, "--export", tmp_path / name, *flags, flags=[])
-        assert result.code == 0, result.err
-        if name.endswith(".npz"):
-            return np.load(tmp_path / name)["arr_0"]
-        return np.stack([np.asarray(Image.open(file)) for file in sorted((tmp_path / name).glob("*.png"))])
+    def run(name, *flags, path=checkpoint):
+        result = ddim("--sample", path, *FAST, "--export", tmp_path / name, *flags, flags=ddim.device)
+        assert result.code == 0 and "next:" not in result.out, result.err
+        return read(tmp_path / name)
 
     return run
+
+
+def read(path):
+    """The images of an archive or folder, uint8 [N, 32, 32, 3]."""
+    if path.suffix == ".npz":
+        return np.load(path)["arr_0"]
+    return np.stack([np.asarray(Image.open(file)) for file in sorted(path.glob("*.png"))])
 
 
 def largest(one, other):
@@ -77,392 +56,395 @@ def largest(one, other):
     return np.abs(np.asarray(one).astype(int) - np.asarray(other)).max()
 
 
+def others(folder):
+    """The names of what a folder holds beside grids of samples."""
+    return {path.name for path in folder.iterdir() if not path.name.startswith("ddim_samples")}
+
+
 # ---- An image depends on its number ----------------------------------------------------------------------------------
 
 
 def test_an_image_is_the_same_whatever_else_is_asked_for(export):
     many = export("a.npz", "--num-samples", "10")
-    few = export("b.npz", "--num-samples", "4", "--sample-batch-size", "3")
+    few = export("b.npz", "--num-samples", "4", "--micro-batch", "3")
     assert len({image.tobytes() for image in many}) == 10 and largest(many[:4], few) <= 1
-    assert largest(export("c.npz", "--num-samples", "4", "--seed", "1"), few) > 50
+    assert largest(export("c.npz", *TWO, "--seed", "1"), few[:2]) > 50
+    random = export("d.npz", "--num-samples", "3", "--eta", "1")
+    assert largest(random[:2], export("e.npz", *TWO, "--eta", "1", "--micro-batch", "1")) <= 1
+    assert largest(random, few[:3]) > 20
+    sampler, nothing = sampler_of(Zero(), eta=1.0), torch.zeros(2, 3, 32, 32)
+    noise = sampler.sample([0, 1], 4, nothing)
+    assert (noise[0] - noise[1]).abs().mean() > 0.01
+    torch.testing.assert_close(sampler.sample([1], 4, nothing[:1]), noise[1:])
 
 
-def test_random_steps_are_the_same_whatever_else_is_asked_for(export):
-    many = export("a.npz", "--num-samples", "6", "--eta", "1")
-    assert largest(many[:2], export("b.npz", "--num-samples", "2", "--eta", "1")) <= 1
-    assert largest(many[:2], export("c.npz", "--num-samples", "2")) > 20
+def test_every_sampling_flag_changes_the_picture_and_of_several_step_counts_the_last_draws(export):
+    plain = export("plain.npz", *TWO)
+    for i, flags in enumerate((["--no-ema"], ["--order", "2"], ["--sample-steps", "4"], ["--tau", "uniform"])):
+        assert not np.array_equal(plain, export(f"{i}.npz", *TWO, *flags)), flags
+    assert np.array_equal(plain, export("several.npz", *TWO, "--sample-steps", "5", "3"))
 
 
-def test_every_sampling_flag_changes_the_picture(export):
-    plain = export("plain.npz", "--num-samples", "2")
-    taus = (["--tau", "uniform"], ["--tau", "karras"])
-    for i, flags in enumerate((["--no-ema"], ["--clip-x0"], ["--order", "2"], ["--sample-steps", "4"], *taus)):
-        assert not np.array_equal(plain, export(f"{i}.npz", "--num-samples", "2", *flags)), flags
-
-
-def test_of_several_step_counts_the_last_draws_the_samples(export):
-    several = export("a.npz", "--num-samples", "2", "--sample-steps", "2", "5")
-    assert np.array_equal(several, export("b.npz", "--num-samples", "2", "--sample-steps", "5"))
-
-
-def test_steps_are_chosen_by_the_run_s_own_schedule():
-    sampler = sampler_of(Zero(), tau="karras", beta_start=1e-3, beta_end=0.01)
-    assert sampler.tau(10) == ddim_timesteps(1000, 10, "karras", sampler.schedule) != ddim_timesteps(1000, 10, "karras")
-
-
-def test_the_last_batch_of_a_compiled_network_is_filled_up_and_cut_again():
-    sampler, sizes = sampler_of(Zero(), sample_batch_size=4), []
-    sampler.compiled = True  # which a new size would compile anew
+def test_a_sampler_draws_without_dropout_and_fills_up_the_last_batch_of_a_compiled_network():
+    sampler, sizes = sampler_of(nn.Dropout(0.5).train(), micro_batch=4), []
+    sampler.is_compiled = True  # which a new size would compile anew
 
     def double(chunk):
         sizes.append(len(chunk))
-        return 2 * torch.tensor(chunk)
+        return 2 * torch.tensor(chunk)[:, None]
 
-    assert compute_all(sampler, 7, double, 1, "").tolist() == [0, 2, 4, 6, 8, 10, 12] and sizes == [4, 4]
+    doubled = ddim_cifar.compute(sampler, 7, double, 1, "").flatten().tolist()
+    assert doubled == [0, 2, 4, 6, 8, 10, 12] and sizes == [4, 4]
+    assert not sampler.model.training
 
 
-def test_after_training_and_on_the_way_the_averaged_weights_draw(ddim, tmp_path):
-    ddim("--iterations", "2", "--save-every", "1", "--lr", "1e-2", "--warmup", "0", "--export-weights", tmp_path / "w")
+def test_after_training_and_on_the_way_the_averaged_weights_draw_unless_told_otherwise(ddim, tmp_path):
+    fast = ["--iterations", "2", "--save-every", "1", "--lr", "1e-2", "--warmup", "0", "--batch-size", "2"]
+    ddim(*fast, out_dir=tmp_path)
+    ddim(*fast, *TWO, "--no-ema", out_dir=tmp_path / "no_ema")
 
     def drawn(*flags):
-        as_before = ["--sample-steps", "2", "--precision", "fp32", *flags]
-        ddim("--sample", tmp_path / "ddim_model_final.pth", *as_before, flags=[], out_dir=tmp_path / "again")
+        flags = ["--sample-steps", "2", "--precision", "fp32", *flags]
+        ddim("--sample", tmp_path, *flags, flags=ddim.device, out_dir=tmp_path / "again")
         return np.asarray(Image.open(tmp_path / "again" / "ddim_samples.png"))
 
     averaged, own = drawn(), drawn("--no-ema")
     for name in ("ddim_samples.png", "ddim_samples_epoch_1.png"):
         picture = np.asarray(Image.open(tmp_path / name))
         assert largest(picture, averaged) <= 1 < largest(picture, own), name
-
-    written = ddim_cifar.load_checkpoint(tmp_path / "w" / "unet" / WEIGHTS, "cpu")["ema"]
-    average = ddim_cifar.load_checkpoint(tmp_path / "ddim_model_final.pth", "cpu")["ema"]
-    assert all(torch.equal(written[name], value) for name, value in average.items())
+    assert largest(Image.open(tmp_path / "no_ema" / "ddim_samples.png"), drawn("--no-ema", *TWO)) <= 1
 
 
-# ---- Exports ---------------------------------------------------------------------------------------------------------
+def test_three_lines_lead_from_a_checkpoint_to_the_pictures_of_the_command(export, checkpoint):
+    model, schedule = load_model(checkpoint)
+    tau = ddim_cifar.ddim_timesteps(schedule.timesteps, 3, "quadratic")
+    x_0 = ddim_cifar.ddim_sample(model, sampler_of(Zero()).x_T([0, 1]), schedule, tau)
+    assert largest(to_uint8(x_0).permute(0, 2, 3, 1), export("x.npz", *TWO)) <= 1
 
 
-def test_a_folder_holds_the_images_of_the_archive(export, tmp_path):
-    assert np.array_equal(export("folder", "--num-samples", "5"), export("x.npz", "--num-samples", "5"))
-    assert len(list((tmp_path / "folder").glob("*.png"))) == 5
+# ---- Exports and grids -----------------------------------------------------------------------------------------------
 
 
-def test_a_stopped_folder_export_goes_on_and_its_grid_shows_all(export, tmp_path):
-    whole = export("folder", "--num-samples", "5")
-    grid = np.asarray(Image.open(tmp_path / "ddim_samples.png"))
-    kept = tmp_path / "folder" / "00001.png"
-    for name in ("00003.png", "00004.png"):
-        (tmp_path / "folder" / name).unlink()
-    (tmp_path / "folder" / "00006.png.elsewhere-1.tmp").touch()
-    before = kept.stat().st_mtime_ns
-    again = export("folder", "--num-samples", "5")
-    assert largest(whole, again) <= 1 and kept.stat().st_mtime_ns == before
-    assert largest(grid, Image.open(tmp_path / "ddim_samples.png")) <= 1
-    assert len(export("folder", "--num-samples", "7")) == 7 and not list((tmp_path / "folder").glob("*.tmp"))
+def test_a_folder_holds_the_images_of_the_archive_and_one_that_is_there_is_set_aside(ddim, export, tmp_path):
+    folder = tmp_path / "folder"
+    five = export("folder", "--num-samples", "5")
+    assert np.array_equal(five, export("x.npz", "--num-samples", "5"))
+    os.truncate(folder / "00003.png", 100)  # which must not matter
+    (folder / "notes.txt").touch()
+    assert largest(export("folder", *TWO), five[:2]) <= 1
+    assert sorted(path.name for path in folder.iterdir()) == ["00000.png", "00001.png"]
+    export("folder", *TWO, "--seed", "1")
+    assert {path.name for path in (tmp_path / "folder-earlier-1").iterdir()} >= {"00004.png", "notes.txt"}
+    assert largest(read(tmp_path / "folder-earlier-2"), five[:2]) <= 1
+    assert others(tmp_path) == {"folder", "folder-earlier-1", "folder-earlier-2", "x.npz"}
 
 
-def test_a_folder_takes_images_of_one_origin_only(ddim, export, checkpoint, tmp_path, load):
-    export("folder", "--num-samples", "2")
-    content = load(checkpoint)
-    torch.save({**content, "config": {**content["config"], "beta_end": 0.015}}, tmp_path / "other_schedule.pth")
-    torch.save({**content, "config": {**content["config"], "predict": "eps"}}, tmp_path / "other_predict.pth")
-
-    def refused(*flags, path=checkpoint):
-        flags = ["--num-samples", "2", *FAST, *flags]
-        result = ddim("--sample", path, *flags, "--export", tmp_path / "folder", flags=[])
-        return result.code == 2 and "folder" in result.err.splitlines()[-1]
-
-    others = (["--seed", "1"], ["--no-ema"], ["--eta", "0.5"], ["--order", "2"], ["--tau", "uniform"], ["--clip-x0"])
-    for flags in (*others, ["--sample-steps", "2"], ["--precision", "bf16"], ["--num-samples", "1"]):
-        assert refused(*flags), flags
-    assert refused(path=tmp_path / "other_schedule.pth") and refused(path=tmp_path / "other_predict.pth")
-    assert len(list((tmp_path / "folder").glob("*.png"))) == 2 and not refused()
+def test_an_archive_holds_all_images_a_grid_256_and_without_export_no_more_are_drawn(ddim, checkpoint, tmp_path):
+    sampler = sampler_of(Zero(), sample_steps=(1,), num_samples=257, export=str(tmp_path / "x.npz"))
+    ddim_cifar.save_samples(sampler, tmp_path / "grid.png", 257, str(tmp_path / "x.npz"))
+    images = read(tmp_path / "x.npz")
+    assert len(images) == 257 and Image.open(tmp_path / "grid.png").width < 17 * 34
+    assert largest(images[256], to_uint8(sampler.sample([256], 1))[0].permute(1, 2, 0)) <= 1
+    result = ddim("--sample", checkpoint, "--sample-steps", "1", "--num-samples", "300", flags=ddim.device)
+    assert result.code == 0 and "256" in result.out and "300" in result.out
 
 
-def test_a_folder_with_pictures_of_somebody_else_is_refused(ddim, checkpoint, tmp_path):
-    (tmp_path / "folder").mkdir()
-    picture = tmp_path / "folder" / "00000.png"
-    Image.new("RGB", (32, 32)).save(picture)
-    before = picture.read_bytes()
-    result = ddim("--sample", checkpoint, *FAST, "--export", tmp_path / "folder", flags=[])
-    assert result.code == 2 and "it holds 00000.png" in result.err and picture.read_bytes() == before
+def test_previews_leave_the_export_alone(ddim, tmp_path):
+    flags = ["--epochs", "2", "--save-every", "1", "--batch-size", "1", *TWO]
+    assert ddim(*flags, "--export", tmp_path / "x").code == 0
+    assert len(read(tmp_path / "x")) == 2 and not (tmp_path / "x-earlier-1").exists()
 
 
-def test_a_disk_that_is_full_at_the_last_image_is_an_error(ddim, checkpoint, tmp_path, monkeypatch):
-    rename = os.replace
+@pytest.mark.parametrize("name", ["x.npz", "folder"])
+def test_an_export_is_complete_or_absent(ddim, checkpoint, load, tmp_path, monkeypatch, export, name):
+    """Whether images are not finite, or the disk is full at the last one. What was there before is as it was."""
+    before = export(name, *TWO)
+    flags = [*FAST, *TWO, "--seed", "1", "--export", tmp_path / name]
+    broken = load(checkpoint)
+    broken["ema"]["conv_out.bias"][:] = 3e38
+    torch.save(broken, tmp_path / "broken.pth")
+    result = ddim("--sample", tmp_path / "broken.pth", *flags, flags=ddim.device)
+    (line,) = result.err.splitlines()
+    assert result.code == 1 and "2 of 2 images are not finite" in line
 
-    def full(source, target):
-        if str(target).endswith("00001.png"):
-            raise OSError(28, "No space left on device")
-        rename(source, target)
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(os, "replace", full)
-    result = ddim("--sample", checkpoint, *FAST, "--num-samples", "2", "--export", tmp_path / "folder", flags=[])
-    assert result.code == 2 and "No space left" in result.err
-
-
-def test_an_archive_is_complete_or_absent(ddim, checkpoint, tmp_path, monkeypatch):
-    def stop(*_):
-        raise ddim_cifar.Stopped(2)
-
-    monkeypatch.setattr(np, "savez", stop)
-    result = ddim("--sample", checkpoint, *FAST, "--export", tmp_path / "x.npz", flags=[])
-    assert result.code == 130 and not list(tmp_path.glob("x.npz*"))
-
-
-@pytest.mark.parametrize("count, side", [(1, 1), (5, 3), (16, 4), (17, 5), (300, 16)])
-def test_the_grid_is_square_and_shows_at_most_256(count, side):
-    grid = ddim_cifar.draw_grid(torch.zeros(min(count, 256), 3, 32, 32, dtype=torch.uint8), scale=1)
-    assert grid.width == 2 + side * 34
+    save = Image.Image.save
+    monkeypatch.setattr(Image.Image, "save", lambda *a, **k: full() if "00001" in str(a[1]) else save(*a, **k))
+    monkeypatch.setattr(np, "savez", full)
+    result = ddim("--sample", checkpoint, *flags, flags=ddim.device)
+    (line,) = result.err.splitlines()
+    assert result.code == 2 and "No space left" in line
+    assert others(tmp_path) == {name, "broken.pth"} and np.array_equal(read(tmp_path / name), before)
 
 
-def test_grid_keeps_every_pixel():
-    images = torch.randint(256, (4, 3, 32, 32), dtype=torch.uint8)
-    sheet = np.asarray(ddim_cifar.draw_grid(images, scale=1))
-    assert np.array_equal(sheet[2:34, 36:68], images[1].permute(1, 2, 0))
+@pytest.mark.parametrize("count, side", [(2, 2), (5, 3), (16, 4), (17, 5)])
+def test_the_grid_is_square_and_keeps_every_pixel(count, side):
+    images = torch.randint(256, (count, 3, 32, 32), dtype=torch.uint8)
+    sheet = np.asarray(ddim_cifar.draw_grid(images))
+    scale = (sheet.shape[1] - 2 - 2 * side) // (32 * side)  # of images parted by two pixels
+    pitch = 32 * scale + 2
+    assert scale >= 1 and sheet.shape[1] == 2 + side * pitch
+    row, column = divmod(count - 1, side)
+    tile = sheet[2 + row * pitch :, 2 + column * pitch :][: 32 * scale : scale, : 32 * scale : scale]
+    assert np.array_equal(tile, images[-1].permute(1, 2, 0))
+
+
+def test_the_name_of_a_grid_decides_its_format_and_floats_are_images(tmp_path):
+    images = torch.rand(4, 3, 32, 32) * 2.4 - 1.2  # as ddim_sample returns them
+    for name, begins in (("x.png", b"\x89PNG"), ("x.jpg", b"\xff\xd8\xff"), ("x.PDF", b"%PDF")):
+        save_grid(images, tmp_path / name)
+        assert (tmp_path / name).read_bytes().startswith(begins)
+    save_grid(to_uint8(images), str(tmp_path / "y.png"))
+    assert largest(Image.open(tmp_path / "x.png"), Image.open(tmp_path / "y.png")) == 0
+    with pytest.raises(UserError, match=r"x\.txt"):
+        save_grid(images, tmp_path / "x.txt")
+    assert not (tmp_path / "x.txt").exists()
 
 
 # ---- Experiments -----------------------------------------------------------------------------------------------------
 
 
-def table(path):
-    """The rows of a CSV file below its header, as lists of strings."""
-    return [line.split(",") for line in path.read_text().splitlines()[1:]]
+def table(out):
+    """The numbers that an experiment printed: [(S, number), ...]."""
+    rows = re.findall(r"^\s*(?:S = )?(\d+)\s+(\d[\d.e-]*)", out, re.MULTILINE)
+    return [(int(steps), float(number)) for steps, number in rows]
 
 
 @pytest.fixture
 def grids(monkeypatch):
-    """The arguments of every grid that is drawn, by the name of its file: (images, layout)."""
+    """The arguments of every grid that is drawn, by the name of its file: (images, column labels)."""
     drawn = {}
-    monkeypatch.setattr(
-        ddim_cifar, "save_grid", lambda images, path, **layout: drawn.update({path.name: (images, layout)})
-    )
+
+    def save(images, path, column_labels=(), **_):
+        drawn[path.name] = to_uint8(images) if images.is_floating_point() else images, column_labels
+
+    monkeypatch.setattr(ddim_cifar, "save_grid", save)
     return drawn
 
 
-def test_the_experiments_draw_their_pictures(ddim, checkpoint, tmp_path):
-    experiments = ["--trajectory", "--interpolate", "--reconstruct", "--consistency"]
-    flags = [*experiments, "--sample-steps", "2", "4", "--num-samples", "4", "--precision", "fp32"]
-    result = ddim("--sample", checkpoint, *flags, flags=[])
+def test_the_experiments_draw_their_pictures_from_images_that_were_held_out(ddim, checkpoint, tmp_path, monkeypatch):
+    seen, original = [], ddim_cifar.reconstruction
+    monkeypatch.setattr(ddim_cifar, "reconstruction", lambda *both: (seen.append(both[1]), original(*both)))
+    flags = ["--experiments", *ddim_cifar.EXPERIMENTS, "--sample-steps", "2", "4", "--num-samples", "2"]
+    result = ddim("--sample", checkpoint, *flags, "--precision", "fp32", flags=ddim.device)
     assert result.code == 0, result.err
-    pictures = [
-        f"ddim_{name}.png" for name in ("samples", "trajectory", "interpolation", "reconstruction", "consistency")
-    ]
-    others = ["ddim_trajectory.gif", "ddim_reconstruction.csv", "ddim_consistency.csv"]
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(pictures + others)
+    pictures = [f"ddim_{name}.png" for name in ("samples", *ddim_cifar.EXPERIMENTS)]
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*pictures, "ddim_trajectory.gif"])
+    assert all(str(tmp_path / name) in result.out for name in pictures)
     with Image.open(tmp_path / "ddim_trajectory.gif") as film:
         assert film.n_frames == 5 and film.info["loop"] == 0
-    assert (tmp_path / "ddim_reconstruction.csv").read_text().startswith("steps,error,paper\n2,")
-    assert (tmp_path / "ddim_consistency.csv").read_text().startswith("steps,distance\n2,")
-    assert [row[0] for row in table(tmp_path / "ddim_reconstruction.csv")] == ["2", "4"]
-    assert [float(row[1]) > 0 for row in table(tmp_path / "ddim_consistency.csv")] == [True, False]
+    numbers = table(result.out)
+    assert [S for S, _ in numbers] == [2, 4, 2, 4] and [error > 0 for _, error in numbers].count(False) == 1
+    assert torch.equal(seen[0], ddim_cifar.load_images(Config(dataset=ddim.images))[1])
 
 
-def test_experiments_use_the_paper_s_step_counts_by_default():
-    assert Config().compared_steps == (10, 20, 50, 100) and Config().steps == 50
-    assert Config(sample_steps=(20, 50)).compared_steps == (20, 50)
+@pytest.mark.parametrize("steps", [4, 50])
+def test_the_trajectory_goes_from_the_noise_through_ever_lower_t(grids, tmp_path, steps):
+    class Clock(nn.Module):
+        """Predicts that x_0 is t / 1000 everywhere."""
+
+        def forward(self, x, t):
+            signal_scale, noise_scale = NoiseSchedule().scales(x, t)
+            return (x - signal_scale * t.view(-1, 1, 1, 1) / 1000) / noise_scale
+
+    sampler = sampler_of(Clock(), num_samples=2, sample_steps=(steps,), out_dir=str(tmp_path))
+    ddim_cifar.trajectory(sampler, None)
+    images, labels = grids["ddim_trajectory.png"]
+    assert len(labels) == min(11, steps + 1) and labels[0] == "x_T"
+    shown = [int(label.removeprefix("t=")) for label in labels[1:]]
+    assert shown == sorted(shown, reverse=True) and shown[-1] == sampler.tau(steps)[0]
+    images = images.unflatten(0, (2, len(labels)))
+    assert torch.equal(images[:, 0], to_uint8(sampler.x_T([0, 1])))
+    expected = to_uint8(torch.tensor(shown) / 1000).view(1, -1, 1, 1, 1)
+    assert largest(images[:, 1:], expected.expand_as(images[:, 1:])) <= 1
 
 
-def test_the_trajectory_goes_from_the_noise_through_ever_lower_t(grids, tmp_path):
-    sampler = sampler_of(Zero(), num_samples=2, sample_steps=(4,), out_dir=str(tmp_path))
-    ddim_cifar.trajectory(sampler)
-    images, layout = grids["ddim_trajectory.png"]
-    tau = sampler.tau(4)[::-1]
-    assert layout["column_labels"] == ["x_T"] + [f"t={t}" for t in tau] and layout["columns"] == 5
-    assert torch.equal(images.unflatten(0, (2, 5))[:, 0], to_uint8(sampler.x_T([0, 1])))
-
-
-def test_the_reconstruction_error_is_the_mean_square_on_0_to_1(tmp_path):
+def test_the_reconstruction_error_is_the_mean_square_on_0_to_1(tmp_path, capfd):
     """Where eps is the same for each image, and rises with t, encoding and decoding differ by a known sum."""
 
     class Rising(nn.Module):
         def forward(self, x, t):
             return (1e-4 * t.view(-1, 1, 1, 1)).expand_as(x)
 
-    images, steps = draw_shapes(3, seed=0), (5, 10)
-    sampler = sampler_of(Rising(), sample_steps=steps, out_dir=str(tmp_path))
-    ddim_cifar.reconstruction(sampler, images)
-    for (number, error, _), S in zip(table(tmp_path / "ddim_reconstruction.csv"), steps, strict=True):
-        tau, sigma = sampler.tau(S), sampler.schedule.noise_ratio
+    sampler = sampler_of(Rising(), sample_steps=(5, 10), out_dir=str(tmp_path))
+    capfd.readouterr()
+    ddim_cifar.reconstruction(sampler, ddim_cifar.draw_shapes(3, seed=0))
+    for (S, error), steps in zip(table(capfd.readouterr().out), (5, 10), strict=True):
+        tau, sigma = sampler.tau(steps), sampler.schedule.noise_ratio
         off = sum(1e-4 * (t - before) * (sigma(t) - sigma(before)) for before, t in pairwise(tau))
-        assert int(number) == S and float(error) == pytest.approx((off / 2) ** 2, rel=1e-3)
+        assert steps == S and error == pytest.approx((off / 2) ** 2, rel=1e-2)
 
 
-def test_the_distance_of_consistency_is_that_of_the_final_images_on_0_to_1(grids, tmp_path):
+def test_the_distance_of_consistency_is_that_of_the_final_images_on_0_to_1(grids, tmp_path, capfd):
     """A network that sees no noise: x_0 is x_T over the root of alpha, at the last of the steps."""
-    steps = (2, 4, 8)
-    sampler = sampler_of(Zero(), tau="uniform", num_samples=2, sample_steps=steps, out_dir=str(tmp_path))
-    ddim_cifar.consistency(sampler)
-    alphas = [sampler.schedule.alpha(1000 - 1000 // S) for S in steps]
+    sampler = sampler_of(Zero(), tau="uniform", num_samples=2, sample_steps=(2, 4, 8), out_dir=str(tmp_path))
+    capfd.readouterr()
+    ddim_cifar.consistency(sampler, None)
+    alphas = [sampler.schedule.alpha(1000 - 1000 // S) for S in (2, 4, 8)]
     ends = [(sampler.x_T([0, 1]) / math.sqrt(alpha)).clamp(-1, 1) for alpha in alphas]
-    distances = [float(row[1]) for row in table(tmp_path / "ddim_consistency.csv")]
-    assert distances == pytest.approx([((end - ends[-1]) / 2).square().mean().item() for end in ends], rel=1e-3)
+    steps, distances = zip(*table(capfd.readouterr().out))
+    expected = [((end - ends[-1]) / 2).square().mean().item() for end in ends]
+    assert steps == (2, 4, 8) and distances == pytest.approx(expected, rel=1e-2)
     assert distances[0] > distances[1] > distances[2] == 0
 
-    images, layout = grids["ddim_consistency.png"]
-    assert layout["column_labels"] == ["S=2", "S=4", "S=8"]
-    expected = to_uint8(torch.stack(ends, dim=1)).flatten(0, 1)
-    assert largest(images, expected) <= 1
+    images, labels = grids["ddim_consistency.png"]
+    assert labels == ["S=2", "S=4", "S=8"]
+    assert largest(images, to_uint8(torch.stack(ends, dim=1)).flatten(0, 1)) <= 1
 
 
-def test_interpolation_ends_in_the_samples_themselves(export, grids):
-    export("x.npz", "--num-samples", "4", "--interpolate")
-    samples, rows = grids["ddim_samples.png"][0], grids["ddim_interpolation.png"][0].unflatten(0, (2, 11))
-    assert largest(rows[:, [0, -1]].flatten(0, 1), samples) <= 1
-
-
-def test_interpolation_goes_along_the_sphere_on_which_noise_lies(tmp_path):
+def test_interpolation_goes_along_the_sphere_of_noise_from_a_sample_to_the_next(grids, tmp_path):
     class Recorder(Zero):
         def forward(self, x, t):
             self.seen = x
             return super().forward(x, t)
 
-    sampler = sampler_of(Recorder(), num_samples=2, sample_steps=(1,), out_dir=str(tmp_path))
-    ddim_cifar.interpolation(sampler)
-    assert len(sampler.model.seen) == 11 and (sampler.model.seen.std((1, 2, 3)) - 1).abs().max() < 0.05
+    sampler = sampler_of(Recorder(), num_samples=4, sample_steps=(1,), out_dir=str(tmp_path))
+    ddim_cifar.interpolation(sampler, None)
+    seen = sampler.model.seen
+    assert len(seen) == 22 and (seen.std((1, 2, 3)) - 1).abs().max() < 0.05
+    rows = grids["ddim_interpolation.png"][0].unflatten(0, (2, 11))
+    assert largest(rows[:, [0, -1]].flatten(0, 1), to_uint8(sampler.sample(range(4), 1))) <= 1
 
 
-# ---- From and for other programs -------------------------------------------------------------------------------------
+# ---- Weights from and for diffusers, which says what is right --------------------------------------------------------
+
+OURS = {  # of its UNet2DModel, as google/ddpm-cifar10-32 has them
+    "sample_size": 32,
+    "block_out_channels": (32, 64),
+    "layers_per_block": 1,
+    "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
+    "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
+    "attention_head_dim": None,
+    "downsample_padding": 0,
+    "flip_sin_to_cos": False,
+    "freq_shift": 1,
+    "norm_eps": 1e-6,
+}
+X, T = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0)), torch.tensor([3, 700])
 
 
-@pytest.mark.parametrize("predict", ["v", "eps"])
-def test_diffusers_draws_our_pictures_from_exported_weights(export, checkpoints, predict, tmp_path, monkeypatch):
-    ours = export("x.npz", "--export-weights", tmp_path / "weights", path=checkpoints[predict], steps=DIFFUSERS)
-    pipeline = DDIMPipeline.from_pretrained(tmp_path / "weights", local_files_only=True)
-    pipeline.set_progress_bar_config(disable=True)
-    x_T = sampler_of(Zero()).x_T([0, 1])
-    monkeypatch.setattr("diffusers.pipelines.ddim.pipeline_ddim.randn_tensor", lambda *_, **__: x_T)
-    theirs = pipeline(batch_size=2, num_inference_steps=3, output_type="np").images
-    assert ((ours > 0) & (ours < 255)).mean() > 0.2
-    assert largest(ours, (255 * theirs).round()) <= 1
+@pytest.fixture
+def publish(tmp_path):
+    """publish(keys, scheduler): a pipeline with these keys beside OURS, which diffusers writes to tmp_path / "d"."""
+
+    def write(keys=(), scheduler=()):
+        torch.manual_seed(0)
+        unet = UNet2DModel(**{**OURS, **dict(keys)}).eval()
+        for parameter in unet.parameters():  # no part of it is without effect
+            nn.init.normal_(parameter, std=0.05)
+        pipeline = DDIMPipeline(unet, DDIMScheduler(**dict(scheduler)))
+        pipeline.save_pretrained(tmp_path / "d")
+        return pipeline
+
+    return write
 
 
-@pytest.mark.parametrize("predict", ["v", "eps"])
-def test_exported_weights_draw_here_what_their_checkpoint_draws(export, checkpoints, predict, tmp_path):
-    ours = export("a.npz", "--export-weights", tmp_path / "weights", path=checkpoints[predict], steps=DIFFUSERS)
-    again = export("b.npz", path=tmp_path / "weights" / "unet" / WEIGHTS, steps=DIFFUSERS)
-    assert np.array_equal(ours, again)
-
-
-def three_lines(path, x_T):
-    """The program as a library."""
+def assert_same_function(path, pipeline):
+    """load_model gives eps as diffusers' network and scheduler have it."""
     model, schedule = load_model(path)
-    tau = ddim_timesteps(schedule.timesteps, 3, "quadratic")
-    return to_uint8(ddim_sample(model, x_T, schedule, tau)).permute(0, 2, 3, 1)
+    alphas = pipeline.scheduler.alphas_cumprod
+    torch.testing.assert_close(schedule.alphas_cumprod.float(), alphas, rtol=1e-4, atol=1e-6)
+    with torch.no_grad():
+        eps, output = model(X, T), pipeline.unet(X, T).sample
+    if pipeline.scheduler.config.prediction_type == "v_prediction":
+        alpha = alphas[T].view(-1, 1, 1, 1)
+        output = alpha.sqrt() * output + (1 - alpha).sqrt() * X
+    torch.testing.assert_close(eps, output, rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("predict", ["v", "eps"])
-def test_three_lines_lead_from_a_checkpoint_to_the_pictures_of_the_command(export, checkpoints, predict):
-    pictures = export("x.npz", "--num-samples", "2", path=checkpoints[predict])
-    assert largest(three_lines(checkpoints[predict], sampler_of(Zero()).x_T([0, 1])), pictures) <= 1
+PLAIN = {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2}
+BETAS = np.linspace(0.0001, 0.03, 1000).tolist()
 
 
-@pytest.fixture(scope="module")
-def published(tmp_path_factory):
-    """The file and the network of weights that diffusers wrote, which predict eps."""
-    folder, config = tmp_path_factory.mktemp("published"), Config(channels=32, channel_mults=(1, 2), res_blocks=1)
-    torch.manual_seed(0)
-    network = UNet(**config.of(UNET))
-    nn.init.xavier_uniform_(network.conv_out.weight)
-    ddim_cifar.export_weights(folder, network, config)
-    unet = DDIMPipeline.from_pretrained(folder, local_files_only=True).unet
-    unet.save_pretrained(folder / "theirs")
-    return folder / "theirs" / WEIGHTS, unet
+@pytest.mark.parametrize(
+    "keys, scheduler, is_ours",
+    [
+        *[({key: value}, {}, False) for key, value in {
+            "flip_sin_to_cos": True, "freq_shift": 0, "downsample_padding": 1, "attention_head_dim": 8,
+            "norm_eps": 1e-5, "norm_num_groups": 16, "act_fn": "gelu", "resnet_time_scale_shift": "scale_shift",
+            "center_input_sample": True, "time_embedding_type": "fourier", "mid_block_scale_factor": 2.0,
+            "add_attention": False, "attn_norm_num_groups": 8, "up_block_types": ("UpBlock2D", "UpBlock2D"),
+            "block_out_channels": (64, 96), "sample_size": 64,
+        }.items()],
+        *[({}, {key: value}, False) for key, value in {
+            "prediction_type": "sample", "beta_schedule": "squaredcos_cap_v2", "beta_start": 0.001, "beta_end": 0.01,
+            "num_train_timesteps": 500, "trained_betas": BETAS, "rescale_betas_zero_snr": True,
+        }.items()],
+        (PLAIN, {"clip_sample": False, "steps_offset": 1}, True),
+        ({"layers_per_block": 2, "dropout": 0.3}, {"prediction_type": "v_prediction"}, True),
+        ({"block_out_channels": (32, 96)}, {}, True),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, dict) else "",
+)  # fmt: skip
+def test_a_network_or_scheduler_of_diffusers_is_refused_by_the_key_that_differs_or_computed_alike(
+    publish, tmp_path, keys, scheduler, is_ours
+):
+    pipeline = publish(keys, scheduler)
+    if is_ours:
+        return assert_same_function(tmp_path / "d", pipeline)
+    (key,) = {**keys, **scheduler}
+    with pytest.raises(UserError, match=rf"{re.escape(str(tmp_path / 'd'))}.*\b{key}\b") as caught:
+        load_model(tmp_path / "d")
+    assert "\n" not in str(caught.value)
 
 
-def test_and_from_published_weights(export, published):
-    pictures = export("x.npz", "--num-samples", "2", path=published[0])
-    assert largest(three_lines(published[0], sampler_of(Zero()).x_T([0, 1])), pictures) <= 1
+def test_absent_keys_have_the_defaults_of_diffusers(publish, tmp_path):
+    pipeline = publish()
+
+    def drop(name, key):
+        path = tmp_path / "d" / name
+        content = json.loads(path.read_text())
+        del content[key]
+        path.write_text(json.dumps(content))
+
+    drop("scheduler/scheduler_config.json", "beta_start")
+    drop("unet/config.json", "act_fn")
+    assert_same_function(tmp_path / "d", pipeline)
+    drop("unet/config.json", "freq_shift")  # whose default is 0 there
+    with pytest.raises(UserError, match="freq_shift"):
+        load_model(tmp_path / "d")
+    (tmp_path / "d" / "unet" / "config.json").write_text("{")
+    for path in (tmp_path / "d", tmp_path / "d" / "scheduler", tmp_path / "d" / "unet" / "config.json"):
+        with pytest.raises(UserError, match=re.escape(str(path))):
+            load_model(path)
 
 
-def test_a_loaded_model_returns_eps(checkpoints, published):
-    x, t = torch.randn(2, 3, 32, 32), torch.tensor([3, 700])
-    with torch.inference_mode():
-        v, schedule = load_model(checkpoints["v"])
-        eps, _ = load_model(checkpoints["eps"])
-        theirs, _ = load_model(published[0])
-        signal_scale, noise_scale = schedule.scales(x, t)
-        torch.testing.assert_close(v(x, t), noise_scale * x + signal_scale * v.network(x, t))
-        assert torch.equal(eps(x, t), eps.network(x, t))
-        torch.testing.assert_close(theirs(x, t), published[1](x, t).sample, rtol=0, atol=1e-4)
+@pytest.mark.parametrize("form", ["fp16", "sharded", "root", "prefixed"])
+def test_published_weights_are_found_in_each_form_in_which_they_are_published(publish, tmp_path, form):
+    pipeline, folder = publish(), tmp_path / "x"
+    unet, path = pipeline.unet, folder
+    if form == "fp16":
+        unet.half().save_pretrained(folder / "unet", variant="fp16")
+        unet.float()
+    elif form == "sharded":
+        unet.save_pretrained(folder / "unet", max_shard_size="1MB")
+        assert len(list(folder.glob("unet/*.safetensors"))) > 1
+    else:
+        unet.save_pretrained(folder)
+    if form == "prefixed":
+        path = folder / "weights.pt"
+        torch.save({f"module._orig_mod.{name}": value for name, value in unet.state_dict().items()}, path)
+    assert_same_function(path, pipeline)
 
 
-def test_published_weights_are_for_sampling_only(ddim, published, tmp_path):
-    result = ddim("--resume", published[0], flags=[])
-    assert result.code == 2 and "--sample" in result.err
+def test_what_is_typed_must_not_contradict_the_scheduler(publish, tmp_path, ddim):
+    publish()
+    result = ddim("--sample", tmp_path / "d", "--predict", "v", flags=ddim.device)
+    (line,) = result.err.splitlines()
+    assert result.code == 2 and "--predict v" in line
+    shutil.rmtree(tmp_path / "d" / "scheduler")  # so that nothing says what they predict
+    for flags, predict in (([], "eps"), (["--predict", "v"], "v")):
+        assert ddim_cifar.parse_args(["--sample", str(tmp_path / "d"), *flags])[0].predict == predict
 
 
-def test_without_export_a_gridful_is_drawn_and_said_so(ddim, checkpoint, tmp_path):
-    result = ddim(
-        "--sample", checkpoint, "--sample-steps", "1", "--precision", "fp32", "--num-samples", "257", flags=[]
-    )
-    assert result.code == 0 and "drawing 256 images" in result.out and "all 257" in result.out
-
-
-def test_samples_that_are_not_finite_end_the_command_and_nothing_is_exported(ddim, checkpoint, load, tmp_path):
-    broken = load(checkpoint)
-    broken["ema"]["conv_out.bias"][:] = 3e38
-    torch.save(broken, tmp_path / "broken.pth")
-    for name in ("x.npz", "folder"):
-        flags = ("--sample", tmp_path / "broken.pth", *FAST, "--num-samples", "3", "--export", tmp_path / name)
-        result = ddim(*flags, flags=[])
-        (line,) = result.err.splitlines()
-        assert result.code == 1 and "3 of 3 images are not finite: numbers 0 1 2" in line
-    assert not (tmp_path / "x.npz").exists() and not list((tmp_path / "folder").glob("*.png"))
-
-    # Of two processes, the second has nothing to draw and ends with the first.
-    process = ddim.torchrun(2, *flags[:-4], "--num-samples", "1", "--out-dir", tmp_path)
-    _, err = process.communicate(timeout=120)
-    assert process.returncode == 1 and err.count("1 of 1 images are not finite") == 1 and "lost" not in err
-
-
-def test_what_systems_leave_in_a_folder_is_no_reason_to_refuse_it_and_a_reason_is_named(ddim, checkpoint, tmp_path):
-    folder = tmp_path / "folder"
-    folder.mkdir()
-    (folder / ".ipynb_checkpoints").mkdir()
-    for name in (".DS_Store", "Thumbs.db"):
-        (folder / name).touch()
-    flags = ("--sample", checkpoint, *FAST, "--num-samples", "2", "--export", folder)
-    assert ddim(*flags, flags=[]).code == 0 and len(list(folder.glob("*.png"))) == 2
-    (folder / "notes.txt").touch()
-    result = ddim(*flags, flags=[])
-    assert result.code == 2 and "it holds notes.txt" in result.err
-
-
-@pytest.mark.parametrize("name", ["x.npy", "x.NPZ", "x.zip"])
-def test_an_export_that_is_neither_an_archive_nor_a_folder_is_explained(ddim, checkpoint, tmp_path, name):
-    result = ddim("--sample", checkpoint, "--export", tmp_path / name, flags=[])
-    assert result.code == 2 and ".npz" in result.err and "folder" in result.err and not (tmp_path / name).exists()
-
-
-def test_an_export_folder_that_cannot_be_used_is_refused_before_training(ddim, tmp_path):
-    (tmp_path / "folder").mkdir()
-    (tmp_path / "folder" / "notes.txt").touch()
-    result = ddim("--export", tmp_path / "folder", out_dir=tmp_path / "out")
-    assert result.code == 2 and "notes.txt" in result.err and not (tmp_path / "out" / "ddim_model_final.pth").exists()
-
-
-def test_the_folder_of_exported_weights_can_be_sampled_from(ddim, checkpoint, tmp_path):
-    flags = (*FAST, "--num-samples", "2", "--export")
-    ddim("--sample", checkpoint, "--export-weights", tmp_path / "weights", *flags, tmp_path / "a.npz", flags=[])
-    assert ddim("--sample", tmp_path / "weights", *flags, tmp_path / "b.npz", flags=[]).code == 0
-    assert np.array_equal(np.load(tmp_path / "a.npz")["arr_0"], np.load(tmp_path / "b.npz")["arr_0"])
-
-
-def test_after_training_with_no_ema_the_weights_themselves_draw(ddim, tmp_path):
-    few = ["--num-samples", "2", "--sample-steps", "2", "--precision", "fp32", "--export"]
-    ddim("--iterations", "2", "--lr", "1e-2", "--warmup", "0", "--no-ema", *few, tmp_path / "trained.npz")
-    for name, flags in (("own", ["--no-ema"]), ("averaged", [])):
-        path = tmp_path / f"{name}.npz"
-        ddim(
-            "--sample",
-            tmp_path / "ddim_model_final.pth",
-            *flags,
-            *few,
-            path,
-            flags=["--device", "cpu"],
-            out_dir=tmp_path / "again",
-        )
-    names = ("trained", "own", "averaged")
-    trained, own, averaged = (np.load(tmp_path / f"{name}.npz")["arr_0"].astype(int) for name in names)
-    assert np.abs(trained - own).max() <= 1 < np.abs(trained - averaged).max()
+def test_the_folder_for_diffusers_draws_here_what_its_checkpoint_draws_and_holds_no_older_weights(export, tmp_path):
+    weights = tmp_path / "weights"
+    (weights / "unet").mkdir(parents=True)
+    for old in ("fp16.safetensors", "safetensors.index.json", "bin"):
+        (weights / "unet" / f"diffusion_pytorch_model.{old}").write_text("{}")
+    ours = export("x.npz", *TWO, "--export-weights", weights)
+    names = ["config.json", "diffusion_pytorch_model.safetensors"]
+    assert sorted(path.name for path in (weights / "unet").iterdir()) == names
+    assert np.array_equal(ours, export("again.npz", *TWO, path=weights))

@@ -64,7 +64,6 @@ WRONG = """
 --sample-steps 1001 50 --experiments consistency | --sample-steps 1001 1000
 --order 2 --eta 0.5 | --order --eta
 --experiments reconstruction --eta 1 | reconstruction --eta
---experiments consistency --eta 1 | consistency --eta
 --experiments reconstruction --order 2 | reconstruction --order
 --export x.zip | --export x.zip .npz
 --export-weights w --channel-mults 2 2 | --export-weights
@@ -204,7 +203,7 @@ def test_what_is_typed_on_resume_is_used(unusual, tmp_path):
     assert (config.epochs, config.lr, config.warmup, config.order, config.micro_batch) == (9, 1e-4, 4, 1, 2)
     assert (config.num_samples, config.sample_steps, config.precision) == (2, (6,), "fp32")
     assert config.folder == tmp_path.resolve()
-    with pytest.raises(UserError, match=r"--eta 0\.5.*--order 2"):  # that of the checkpoint
+    with pytest.raises(UserError, match=r"--order 2.*--eta 0"):  # that of the checkpoint
         settings("--resume", path, "--eta", "0.5")
 
 
@@ -323,7 +322,7 @@ def commands_in(text):
             lines.append(line)
     for line in lines:
         for call in re.findall(r"\bddim_cifar\.py\b(.*)", line):
-            words = shlex.split(call, comments=True)
+            words = shlex.split(re.sub(r"\$\w+", "1", call), comments=True)  # a variable of a loop
             ends = [i for i, word in enumerate(words) if word in ("&&", "||", "|", "&", ";", ">", "2>")]
             yield [word.rstrip(";") for word in words[: min(ends, default=len(words))]]
 
