@@ -25,12 +25,10 @@ import json
 import math
 import os
 import shlex
-import shutil
 import signal
 import socket
 import sys
 import tempfile
-import threading
 import time
 import traceback
 import zipfile
@@ -40,7 +38,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields
 from datetime import timedelta
 from pathlib import Path
-from statistics import fmean
 from types import SimpleNamespace
 
 import numpy as np
@@ -93,9 +90,7 @@ class Config:
     save_minutes: float = flag(LENGTH, 10.0, "minutes between updates of ddim_model_last.pth", least=0)
 
     batch_size: int = flag(RUN, 32, "images per step, over all processes", least=1)
-    optimizer: str = flag(
-        RUN, "muon", "muon: for weight matrices, with Adam for the rest", choices=tuple(LEARNING_RATES)
-    )
+    optimizer: str = flag(RUN, "muon", "muon: for matrices, with Adam for the rest", choices=tuple(LEARNING_RATES))
     recipe: str = flag(RUN, "default", "paper: DDPM's defaults; explicit flags override", choices=("default", "paper"))
     dropout: float = flag(RUN, 0.0, "dropout in each ResBlock; use 0.1 for hundreds of epochs", least=0, most=0.99)
     dataset: str = flag(RUN, "cifar10", "cifar10, synthetic (drawn discs) or a folder of images", metavar="NAME")
@@ -107,9 +102,7 @@ class Config:
     attn_resolutions: tuple = flag(UNET, (16,), "feature-map sizes that get attention", least=1, nargs="*")
 
     num_samples: int = flag(SAMPLING, 16, "images to draw", least=1)
-    sample_steps: tuple = flag(
-        SAMPLING, (), "sampling steps S; experiments compare several, samples use the last [50]", least=1, nargs="+"
-    )
+    sample_steps: tuple = flag(SAMPLING, (), "steps S; experiments use all, samples the last [50]", least=1, nargs="+")
     tau: str = flag(SAMPLING, "quadratic", "spacing of the S timesteps; the paper's is quadratic", choices=SPACINGS)
     no_ema: bool = flag(SAMPLING, False, "sample with the raw weights instead of their moving average")
     experiments: tuple = flag(SAMPLING, (), "pictures to draw", choices=EXPERIMENTS, nargs="+", type=str)
@@ -120,9 +113,7 @@ class Config:
     device: str = flag(RUNTIME, "auto", "auto (cuda, else mps, else cpu), cpu, cuda, cuda:1, ...", metavar="DEVICE")
     precision: str = flag(RUNTIME, "auto", "auto: bf16 where it is fast", choices=("auto", "fp32", "bf16"))
     compile: str = flag(RUNTIME, "auto", "torch.compile; auto: long runs on a GPU", choices=("auto", "on", "off"))
-    micro_batch: int = flag(
-        RUNTIME, None, "images at a time through the network, to save memory [all; sampling: 32, cuda 256]", least=1
-    )
+    micro_batch: int = flag(RUNTIME, None, "images at a time, to save memory [all; sampling: 32, cuda 256]", least=1)
     seed: int = flag(RUNTIME, 0, "random seed; --sample does not take that of the training", least=0)
 
     resume: str = flag(FILES, None, "continue this checkpoint or run folder; auto: the run in --out-dir, or a new one")
@@ -157,6 +148,7 @@ class Config:
 
     @property
     def folder(self):
+        """The folder that all output goes to."""
         return Path(self.out_dir or ".").resolve()
 
     def of(self, *groups):
@@ -165,6 +157,7 @@ class Config:
 
     @staticmethod
     def names(*groups):
+        """Return the names of the settings of these groups."""
         return [setting.name for setting in fields(Config) if setting.metadata["group"] in groups]
 
 
@@ -240,7 +233,7 @@ def ddim_timesteps(timesteps, steps, spacing):
         wanted = i * timesteps // steps
     elif spacing == "quadratic":
         last = max(1, steps - 1)
-        squares = i**2 if steps > 1 else np.array([1])  # a single step starts at 0.8 T, not at 0
+        squares = i**2 if steps > 1 else i + 1  # a single step starts at 0.8 T, not at 0
         wanted = 4 * timesteps * squares // (5 * last**2)
     else:
         raise ValueError(f"spacing must be one of {', '.join(SPACINGS)}, not {spacing!r}")
@@ -319,7 +312,7 @@ def ddim_encode(model, x_0, schedule, tau):
 def check_tau(tau, schedule):
     """Raise ValueError unless tau holds ascending timesteps of the schedule."""
     values = [int(t) for t in tau]
-    if not values or values != sorted({*values}) or values[0] < 0 or values[-1] >= schedule.timesteps:
+    if not values or values != sorted({*values}) or not 0 <= values[0] <= values[-1] < schedule.timesteps:
         raise ValueError(f"tau must hold ascending timesteps in 0..{schedule.timesteps - 1}, not {values[:5]} ...")
 
 
@@ -436,8 +429,6 @@ class UNet(nn.Module):
     ):
         super().__init__()
         sides = [image_size >> level for level in range(len(channel_mults))]
-        if min(channels, res_blocks, *channel_mults) < 1:
-            raise ValueError("channels, channel_mults and res_blocks: must be positive")
         if channels % 32:
             raise ValueError(f"channels {channels}: must be a multiple of 32")
         if image_size % 2 ** (len(sides) - 1):
@@ -476,10 +467,8 @@ class UNet(nn.Module):
 
         self.conv_norm_out = GroupNorm(below)
         self.conv_out = nn.Conv2d(below, 3, 3, padding=1)
-        self.initialize()
 
-    def initialize(self):
-        """Draw weights as DDPM does: fan_avg scaling, zeros for the last layer of each branch and of the network."""
+        # Draw weights as DDPM does: fan_avg scaling, zeros for the last layer of each branch and of the network.
         for name, module in self.named_modules():
             if isinstance(module, (nn.Conv2d, nn.Linear)):
                 nn.init.xavier_uniform_(module.weight)
@@ -711,13 +700,12 @@ def train(trainer, images, held_out, log):
                 continue  # reading losses synchronizes with a GPU, so do it every 10 steps
 
             # Log.
-            rows = log.fetch()
-            measured = (periodic or run_ends) and not config.is_quick_test
-            val_loss = held_out_loss(averaged, held_out, trainer.runtime) if measured else None
+            rows, val_loss = log.fetch(), None
+            if (periodic or run_ends) and not config.is_quick_test:
+                val_loss = held_out_loss(averaged, held_out, trainer.runtime)
             log.write(rows, val_loss)
 
-            # Save.
-            stop = max(gather(max(signals, default=0)))  # all processes stop at the same step
+            # Save and show.
             if periodic:
                 with forgiving():
                     save_checkpoint(config.folder / f"ddim_model_epoch_{epoch}.pth", trainer)
@@ -727,16 +715,13 @@ def train(trainer, images, held_out, log):
                 with forgiving():
                     save_checkpoint(config.folder / "ddim_model_last.pth", trainer)
                 saved_at = time.perf_counter()
-            if stop:
-                raise SystemExit(128 + stop)  # `rescued` saves
-
-            # Show.
             if periodic:
                 with forgiving():
                     sampler = Sampler(trainer.ema, trainer.schedule, config, trainer.runtime)
                     save_samples(sampler, config.folder / f"ddim_samples_epoch_{epoch}.png", count=16)
-        if late := max(gather(max(signals, default=0))):
-            raise SystemExit(128 + late)
+
+            if stop := max(gather(max(signals, default=0))):  # all processes stop at the same step
+                raise SystemExit(128 + stop)  # `rescued` saves
 
 
 # ---- Sampling --------------------------------------------------------------------------------------------------------
@@ -752,16 +737,14 @@ class Sampler:
         self.predictor = NoisePredictor(network, schedule, config.predict)
         self.chunk_size = config.micro_batch or (256 if runtime.device.type == "cuda" else 32)
         self.bar = tqdm(disable=True)
-
         # x_T is pure noise, which is wrong where the network expects part of an image.
         first = self.tau(config.steps)[-1]
-        if schedule.alpha(first) > 0.02:
-            say(
-                f"warning: sampling starts from pure noise at t = {first}, where alpha is {schedule.alpha(first):.2f}",
-                sys.stderr,
-            )
+        if (alpha := schedule.alpha(first)) > 0.02:
+            say(f"warning: sampling starts from pure noise at t = {first}, where alpha is {alpha:.2f}", sys.stderr)
 
     def eps(self, x, t):
+        """Return eps_theta(x, t), and advance the progress bar."""
+        self.bar.update(len(x) * world.size)
         with self.runtime.autocast():
             return self.predictor(x, t)
 
@@ -775,19 +758,14 @@ class Sampler:
         return self.normal([rng((self.config.seed, NOISE, i)) for i in indices])
 
     def tau(self, steps):
+        """Return the timesteps of a sampler with this many steps."""
         return ddim_timesteps(self.schedule.timesteps, steps, self.config.tau)
 
     def sample(self, indices, steps, x_T=None, on_step=None):
         """Return x_0 of these images, float32 [N, 3, 32, 32]."""
         x_T = self.x_T(indices) if x_T is None else x_T
         generators = [rng((self.config.seed, ETA_NOISE, i)) for i in indices]
-
-        def count_step(t, x_0):
-            self.bar.update(len(x_0) * world.size)
-            if on_step:
-                on_step(t, x_0)
-
-        options = {**self.config.of(SAMPLER), "noise": lambda: self.normal(generators), "on_step": count_step}
+        options = {**self.config.of(SAMPLER), "noise": lambda: self.normal(generators), "on_step": on_step}
         return ddim_sample(self.eps, x_T, self.schedule, self.tau(steps), **options)
 
 
@@ -815,17 +793,14 @@ def trajectory(sampler, _):
         return torch.stack(seen, dim=1)
 
     films = compute(sampler, count, frames, steps, "trajectory", to_uint8)  # [count, 1 + steps, 3, 32, 32]
-
     shown = np.linspace(0, steps, min(11, steps + 1)).round().astype(int).tolist()
     labels = ["x_T"] + [f"t={t}" for t in reversed(sampler.tau(steps))]
     columns = [labels[i] for i in shown]
     save_grid(films[:, shown].flatten(0, 1), config.folder / "ddim_trajectory.png", column_labels=columns)
 
-    first, *others = [draw_grid(film, columns=count) for film in films.transpose(0, 1)[:: math.ceil(steps / 100)]]
+    others = [draw_grid(film, columns=count) for film in films.transpose(0, 1)[:: math.ceil(steps / 100)][1:]]
     options = {"save_all": True, "append_images": others, "duration": [80] * len(others) + [2000], "loop": 0}
-    path = config.folder / "ddim_trajectory.gif"
-    write_atomically(path, lambda file: first.save(file, "GIF", **options))
-    say(f"wrote {path}")
+    save_grid(films[:, 0], config.folder / "ddim_trajectory.gif", options, columns=count)
 
 
 def interpolation(sampler, _):
@@ -846,44 +821,37 @@ def interpolation(sampler, _):
 
 def reconstruction(sampler, test_images):
     """Encode and decode test images in S steps (Sec. 5.4): a row per image, and the error of Table 2."""
-    config = sampler.config
-    originals = to_float(test_images[: config.num_samples])
-    count, columns = len(originals), [originals[:8]]
+    originals = to_float(test_images[: sampler.config.num_samples])
 
     def encode_and_decode(indices, steps):
-        def eps(x, t):
-            sampler.bar.update(len(x) * world.size)
-            return sampler.eps(x, t)
-
         x_0 = originals[indices].to(sampler.runtime.device, memory_format=torch.channels_last)
-        x_T = ddim_encode(eps, x_0, sampler.schedule, sampler.tau(steps))
+        x_T = ddim_encode(sampler.eps, x_0, sampler.schedule, sampler.tau(steps))
         return sampler.sample(indices, steps, x_T)
 
-    say(f"mean squared error of {count:,} reconstructed test images, per dimension on [0, 1]:")
-    for steps in config.compared_steps:
-        draw = functools.partial(encode_and_decode, steps=steps)
-        decoded = compute(sampler, count, draw, 2 * steps, f"reconstruction, S = {steps}")
-        say(f"    S = {steps:<5} {((decoded - originals) / 2).square().mean().item():.4g}")
-        columns.append(decoded[:8])
-    labels = ["original"] + [f"S={steps}" for steps in config.compared_steps]
-    rows = torch.stack(columns, dim=1).flatten(0, 1)
-    save_grid(rows, config.folder / "ddim_reconstruction.png", column_labels=labels)
+    compare_steps(sampler, "reconstruction", {"original": originals}, encode_and_decode, len(originals), evaluations=2)
 
 
 def consistency(sampler, _):
     """Show the same x_T at several S (Sec. 5.2), a row per image, and print how far each is from the last S."""
-    config = sampler.config
-    count, results = min(256, config.num_samples), []
-    for steps in config.compared_steps:
-        draw = functools.partial(sampler.sample, steps=steps)
-        results.append(compute(sampler, count, draw, steps, f"consistency, S = {steps}").clamp(-1, 1))
+    count = min(256, sampler.config.num_samples)
+    compare_steps(sampler, "consistency", {}, sampler.sample, count, convert=lambda x_0: x_0.clamp(-1, 1))
 
-    say(f"mean squared distance of {count:,} images to those at the last S, per dimension on [0, 1]:")
-    for steps, images in zip(config.compared_steps, results):
-        say(f"    S = {steps:<5} {((images - results[-1]) / 2).square().mean().item():.4g}")
-    labels = [f"S={steps}" for steps in config.compared_steps]
-    rows = torch.stack([images[:8] for images in results], dim=1)
-    save_grid(rows.flatten(0, 1), config.folder / "ddim_consistency.png", column_labels=labels)
+
+def compare_steps(sampler, name, columns, function, count, evaluations=1, convert=None):
+    """Add a column of function(indices, S) for each S, and print how far each is from the first original or last S.
+
+    columns: {label: images [count, 3, 32, 32]}, the originals if any. evaluations, convert: as in `compute`, per step.
+    """
+    labels = {f"S={steps}": steps for steps in sampler.config.compared_steps}
+    reference = next(iter(columns), [*labels][-1])
+    for label, steps in labels.items():
+        draw = functools.partial(function, steps=steps)
+        columns[label] = compute(sampler, count, draw, evaluations * steps, f"{name}, {label}", convert)
+    say(f"{name}: mean squared distance of {count:,} images to {reference}, per dimension on [0, 1]:")
+    for label, steps in labels.items():
+        say(f"    S = {steps:<5} {((columns[label] - columns[reference]) / 2).square().mean():.4g}")
+    rows = torch.stack([images[:8] for images in columns.values()], dim=1).flatten(0, 1)
+    save_grid(rows, sampler.config.folder / f"ddim_{name}.png", column_labels=[*columns])
 
 
 ########################################################################################################################
@@ -905,6 +873,8 @@ class Muon(torch.optim.Optimizer):
     def __init__(self, params, lr, momentum=0.95):
         super().__init__(params, {"lr": lr, "momentum": momentum})
         self.found_inf = torch.zeros(())
+        for weight in self.param_groups[0]["params"]:
+            self.state[weight]["momentum"] = torch.zeros_like(weight)
 
     @torch.no_grad()
     def step(self):
@@ -926,7 +896,7 @@ class Muon(torch.optim.Optimizer):
             is_wide = [x.shape[1] <= x.shape[2] for x in stacks]
             roots = inverse_roots([x @ x.mT if wide else x.mT @ x for x, wide in zip(stacks, is_wide)])
             for weights, x, root, wide in zip(by_shape.values(), stacks, roots, is_wide):
-                root = root if on_cpu else root * (1 - self.found_inf)
+                root = root * (1 - self.found_inf)
                 size = 0.2 * group["lr"] * math.sqrt(max(x.shape[1:]))  # gives the root mean square of a step of Adam
                 x = root @ x if wide else x @ root
                 views = [weight.movedim(1, -1) for weight in weights]
@@ -934,9 +904,6 @@ class Muon(torch.optim.Optimizer):
 
     def directions(self, weights, momentum):
         """Update the momentum of weights of one shape. Returns Nesterov's direction, [K, out, k k in]."""
-        for weight in weights:
-            if not self.state[weight]:
-                self.state[weight]["momentum"] = torch.zeros_like(weight)
         averages = [self.state[weight]["momentum"].movedim(1, -1) for weight in weights]
         gradients = [weight.grad.movedim(1, -1) for weight in weights]  # channels_last, so that nothing is copied
         if weights[0].is_cpu:
@@ -949,7 +916,7 @@ class Muon(torch.optim.Optimizer):
         return stack.flatten(2)
 
 
-def inverse_roots(grams, iterations=5):
+def inverse_roots(grams):
     """Return about (X X^T)^(-1/2) for each X X^T: its product with X has the singular vectors of X and values near 1.
 
     grams: float32 [K, m, m] each, of one m. The quintic Newton-Schulz iteration of Muon, X <- F X with A = X X^T and
@@ -957,12 +924,12 @@ def inverse_roots(grams, iterations=5):
     float32, because TF32 and bf16 turn small eigenvalues of A negative.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
-    gram = torch.cat(grams) if len(grams) > 1 else grams[0]
+    gram = torch.cat(grams)
     trace = gram.diagonal(dim1=1, dim2=2).sum(1).clamp(min=1e-30)[:, None, None]  # bounds the largest eigenvalue
     gram = gram / trace
     rest = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)  # F - a I
     product = rest + a * torch.eye(gram.shape[1], device=gram.device)
-    for _ in range(iterations - 1):
+    for _ in range(4):  # five iterations in all
         gram = torch.baddbmm(gram, gram, rest, beta=a)
         gram = torch.baddbmm(gram, gram, rest, beta=a)
         rest = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
@@ -987,10 +954,9 @@ def make_optimizers(model, name, lr):
 def load_optimizers(optimizers, states):
     """Load moments, but keep the settings of make_optimizers, which may have been edited."""
     for optimizer, state in zip(optimizers, states, strict=True):
-        groups = [{**group} for group in optimizer.param_groups]
-        optimizer.load_state_dict(state)
-        for group, settings in zip(optimizer.param_groups, groups):
-            group.update(settings)
+        groups = zip(optimizer.param_groups, state["param_groups"], strict=True)
+        groups = [{**group, "params": saved["params"]} for group, saved in groups]
+        optimizer.load_state_dict({**state, "param_groups": groups})
 
 
 class GroupNorm(nn.GroupNorm):
@@ -1000,10 +966,10 @@ class GroupNorm(nn.GroupNorm):
         super().__init__(32, channels, eps=1e-6)
 
     def forward(self, x):  # [N, C, H, W]
-        if torch.compiler.is_compiling():
-            return self.by_channels(x) if x.is_cuda else super().forward(x)
-        is_slow = x.is_cpu and x.dtype == torch.bfloat16 and x.shape[2:].numel() < 1024 and self.num_channels < 512
-        if is_slow:  # in channels_last
+        if x.is_cuda and torch.compiler.is_compiling():
+            return self.by_channels(x)
+        if x.is_cpu and x.dtype == torch.bfloat16 and x.shape[2:].numel() < 1024 and self.num_channels < 512:
+            # It is slow in channels_last.
             return super().forward(x.contiguous()).contiguous(memory_format=torch.channels_last)
         return super().forward(x)
 
@@ -1016,7 +982,6 @@ class GroupNorm(nn.GroupNorm):
         moments = x.mean((2, 3)), x.square().mean((2, 3))
         mean, mean_square = [moment.unflatten(1, (self.num_groups, -1)).mean(2, keepdim=True) for moment in moments]
         var = (mean_square - mean.square()).clamp(min=0)
-
         scale = self.weight.unflatten(0, (self.num_groups, -1)) * (var + self.eps).rsqrt()  # [N, 32, C/32]
         shift = self.bias.unflatten(0, (self.num_groups, -1)) - scale * mean
         scale, shift = [value.flatten(1)[:, :, None, None] for value in (scale, shift)]
@@ -1054,9 +1019,8 @@ def load_images(config):
     """
     if config.dataset == "cifar10":
         try:
-            train_set, test_set = open_cifar10(Path(config.data_dir).resolve())
-            return to_images(train_set.data), to_images(test_set.data)
-        except Offline as error:
+            return open_cifar10(Path(config.data_dir).resolve())
+        except ConnectionError as error:
             if not config.is_quick_test:
                 raise
             say(f"warning: {error}. The quick test goes on with synthetic images", sys.stderr)
@@ -1078,22 +1042,20 @@ def hold_out(images):
     if not held_out.any():
         say(f"warning: only {len(images)} images, so the held-out loss is measured on the same ones", sys.stderr)
         return images, images
-
     known = {image.numpy().tobytes() for image in images[held_out]}
-    copies = sum(image.numpy().tobytes() in known for image in images[~held_out])
-    if copies:
+    if copies := sum(image.numpy().tobytes() in known for image in images[~held_out]):
         say(f"warning: {copies:,} training images are identical to a held-out image", sys.stderr)
     return images[~held_out], images[held_out]
 
 
 def open_cifar10(folder):
-    """Open torchvision's training and test sets, md5-checked, and download them if they are missing or damaged."""
+    """Read the training and test images, md5-checked. Raises ConnectionError if they are missing and offline."""
     from torchvision.datasets import CIFAR10, utils  # takes a second, which other data sets need not wait for
 
     folder = folder.parent if folder.name == CIFAR10.base_folder else folder
 
     def read():
-        return [CIFAR10(folder, train) for train in (True, False)]
+        return [to_images(CIFAR10(folder, train).data) for train in (True, False)]
 
     with contextlib.suppress(RuntimeError):  # torchvision's: not found or corrupted
         return read()
@@ -1103,7 +1065,6 @@ def open_cifar10(folder):
         raise UserError(f"--data-dir {folder} holds images, not CIFAR-10: to train on them, use --dataset {folder}")
 
     # Download to a private folder, then rename, so that other processes see complete files only.
-    timeout = socket.getdefaulttimeout()
     socket.setdefaulttimeout(30)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -1115,12 +1076,12 @@ def open_cifar10(folder):
                 os.replace(file, final / file.name)
         return read()
     except Exception as error:  # no network, a silent server, a truncated archive, no permission: each raises its own
-        raise Offline(
+        raise ConnectionError(
             f"CIFAR-10 is missing or damaged in {folder} and cannot be downloaded ({error}). Save {CIFAR10.url} "
             f"(md5 {CIFAR10.tgz_md5}) in that folder, or try --dataset synthetic"
         ) from error
     finally:
-        socket.setdefaulttimeout(timeout)
+        socket.setdefaulttimeout(None)
 
 
 READABLE = Image.registered_extensions()  # {".png": "PNG", ...}
@@ -1132,24 +1093,24 @@ def read_folder(folder):
     def fail(error):
         raise UserError(f"--dataset {folder}: {error}") from error
 
-    found = [Path(place, name) for place, _, names in os.walk(folder, onerror=fail) for name in names]
-    own = [path for path in found if path.name.startswith("ddim_")]  # drawn by this program
-    found = [path for path in sorted({*found} - {*own}) if not path.name.startswith(".")]
-    files = [path for path in found if path.suffix.lower() in READABLE]
-    skipped = Counter(path.suffix.lower() or "without an ending" for path in {*found} - {*files})
-    skipped["named ddim_*"] = len(own)
-
     def read(path):
+        """Return an image as an array, or else what kind of file this is."""
+        kind = path.suffix.lower()
+        if path.name.startswith("ddim_"):  # drawn by this program
+            return "named ddim_*"
+        if kind not in READABLE:
+            return kind or "without an ending"
         try:
             return read_image(path)
         except Exception:  # Pillow's decoders raise nearly everything
-            skipped[f"unreadable {path.suffix.lower()}"] += 1
-            return None
+            return f"unreadable {kind}"
 
+    found = [Path(place, name) for place, _, names in os.walk(folder, onerror=fail) for name in names if name[0] != "."]
     with ThreadPoolExecutor() as pool:
-        arrays = list(progress(pool.map(read, files), total=len(files), desc="reading", unit="image"))
-    images = [array for array in arrays if array is not None]
-    kinds = ", ".join(f"{count:,} {kind}" for kind, count in skipped.most_common() if count)
+        results = list(progress(pool.map(read, sorted(found)), total=len(found), desc="reading", unit="image"))
+    images = [result for result in results if not isinstance(result, str)]
+    skipped = Counter(result for result in results if isinstance(result, str))
+    kinds = ", ".join(f"{count:,} {kind}" for kind, count in skipped.most_common())
     if not images:
         raise UserError(f"--dataset {folder}: no readable images ({kinds or 'the folder is empty'})")
     if kinds:
@@ -1186,7 +1147,6 @@ def draw_shapes(count, seed):
     x, y = draw.uniform(10, 21, (2, count, 1, 1))
     radius = draw.uniform(4, 10, (count, 1, 1))
     ground, ink = draw.uniform(0, 255, (2, count, 3, 1, 1)).astype(np.float32)
-
     rows, columns = np.indices((SIZE, SIZE))
     cover = np.clip(radius - np.hypot(columns - x, rows - y) + 0.5, 0, 1)[:, None].astype(np.float32)
     return torch.from_numpy((ground + cover * (ink - ground)).round().astype(np.uint8))
@@ -1206,9 +1166,8 @@ def draw_grid(images, columns=None, column_labels=()):
     images = to_uint8(images) if images.is_floating_point() else images
     columns = columns or len(column_labels) or math.ceil(math.sqrt(len(images)))
     scale = max(1, min(3, 560 // (columns * images.shape[-1])))
-    images = images.cpu().repeat_interleave(scale, 2).repeat_interleave(scale, 3)
+    images = F.interpolate(images.cpu(), scale_factor=scale)
     grid = make_grid(images, columns, padding=2, pad_value=255).permute(1, 2, 0).numpy()
-
     sheet = Image.fromarray(np.pad(grid, ((14 if column_labels else 0, 0), (0, 0), (0, 0)), constant_values=255))
     for column, label in enumerate(column_labels):
         x = (column + 0.5) * (images.shape[-1] + 2) + 1
@@ -1216,15 +1175,16 @@ def draw_grid(images, columns=None, column_labels=()):
     return sheet
 
 
-def save_grid(images, path, **layout):
+def save_grid(images, path, options=None, **layout):
     """Write a grid of images, in the format of the path's ending. images and layout are the arguments of draw_grid.
 
-    Raises UserError if the ending names no image format, or the file cannot be written.
+    options: arguments of Pillow's save. Raises UserError if the ending names no image format, or writing fails.
     """
-    kind = READABLE.get(Path(path).suffix.lower())
+    path = Path(path)
+    kind = READABLE.get(path.suffix.lower())
     if kind not in Image.SAVE:
         raise UserError(f"cannot write {path}: its ending names no image format")
-    write_atomically(path, lambda file: draw_grid(images, **layout).save(file, kind))
+    write_atomically(path, lambda file: draw_grid(images, **layout).save(file, kind, **(options or {})))
     say(f"wrote {path}")
 
 
@@ -1260,7 +1220,7 @@ class Log:
         self.pending, self.unwritten = [], ""  # steps whose loss was not read yet; rows that could not be written yet
         self.seconds = float(earlier[-1][-1]) if earlier else 0.0
         self.losses = deque(maxlen=100)
-        self.skipped = self.bad_in_a_row = self.most_in_a_row = 0  # steps that were not finite
+        self.skipped = self.bad_in_a_row = 0  # steps that were not finite
         text = "\n".join(",".join(row) for row in [self.columns, *earlier])
         write_atomically(self.path, lambda file: file.write(text.encode()))
 
@@ -1273,10 +1233,10 @@ class Log:
     def fetch(self):
         """Read the results of the pending steps, which synchronizes with a GPU: a list of (step, loss, norm, rate)."""
         steps, losses, norms, rates = zip(*self.pending)
-        values = torch.stack([*losses, *norms]).tolist()
+        losses, norms = torch.stack([torch.stack(losses), torch.stack(norms)]).tolist()
         self.seconds_each = (time.perf_counter() - self.began) / len(steps)
         self.pending = []
-        return list(zip(steps, values[: len(steps)], values[len(steps) :], rates))
+        return list(zip(steps, losses, norms, rates))
 
     def write(self, rows, val_loss):
         """Write the rows of these steps, val_loss in the last. Raises UserError after ten bad steps in a row."""
@@ -1287,13 +1247,12 @@ class Log:
             epoch = (step - 1) // self.config.iterations + 1
             shown = "" if val_loss is None or step < rows[-1][0] else f"{val_loss:.7g}"
             self.unwritten += self.layout.format(step, epoch, loss, shown, lr, grad_norm, images_per_s, self.seconds)
-            if math.isfinite(loss + grad_norm):
-                self.losses.append(loss)
-                self.bad_in_a_row = 0
-            else:
+            if not math.isfinite(loss + grad_norm):
                 self.skipped += 1
                 self.bad_in_a_row += 1
-                self.most_in_a_row = max(self.most_in_a_row, self.bad_in_a_row)
+            elif self.bad_in_a_row < 10:
+                self.losses.append(loss)
+                self.bad_in_a_row = 0
 
         # Rows that cannot be written now go with the next ones.
         try:
@@ -1306,13 +1265,13 @@ class Log:
                 say(f"warning: cannot write {self.path}: {error}; training goes on", sys.stderr)
 
         # Show.
-        text = f"loss {fmean(self.losses or [math.nan]):.4f}, {images_per_s:,.1f} images/s"
+        text = f"loss {np.mean(self.losses or [math.nan]):.4f}, {images_per_s:,.1f} images/s"
         text += f", {self.skipped} bad steps skipped" if self.skipped else ""
         self.bar.set_postfix_str(text, refresh=False)
         self.bar.update(len(rows))
         if val_loss is not None:
             say(f"step {step:,} (epoch {epoch}): held-out loss {val_loss:.4f}, {text}")
-        if self.most_in_a_row >= 10:
+        if self.bad_in_a_row >= 10:
             raise UserError("the loss or gradient of 10 steps in a row was not finite; try a lower --lr", code=1)
 
 
@@ -1389,8 +1348,7 @@ def read_checkpoint(path, device):
         # Do the settings fit this program, and the weights the settings?
         config = Config(**checkpoint["config"])
         check(config)
-        if not isinstance(checkpoint.get("step", 0), int):
-            raise ValueError(f"its step is {checkpoint['step']!r}")
+        int(checkpoint.get("step", 0))
         for name, value in facts(config).items():
             if name != "config" and not np.allclose(checkpoint.get(name, value), value, rtol=1e-9, atol=0):
                 raise ValueError(f"it was trained with another {name} than this program has")
@@ -1469,7 +1427,7 @@ def make_room(folder, step, own):
 
 def set_aside(path):
     """Rename what is at this path, if anything, to NAME-earlier-1, NAME-earlier-2, ..."""
-    if path.exists():
+    if world.rank == 0 and path.exists():
         target = unused(path.with_stem(f"{path.stem}-earlier"))
         os.replace(path, target)
         say(f"moved the earlier {path.name} to {target}")
@@ -1477,15 +1435,13 @@ def set_aside(path):
 
 def unused(path):
     """Return path-1, path-2, ...: the first that does not exist."""
-    names = (path.with_stem(f"{path.stem}-{n}") for n in itertools.count(1))
-    return next(name for name in names if not name.exists())
+    return next(name for n in itertools.count(1) if not (name := path.with_stem(f"{path.stem}-{n}")).exists())
 
 
 def write_atomically(path, write):
     """Call write(file), on rank 0. The file appears complete and on disk, or not at all."""
     if world.rank > 0:
         return
-    path = Path(path)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -1535,8 +1491,8 @@ def diffusers_configs(config):
         "norm_eps": 1e-6,
         "dropout": config.dropout,
     }
-    prediction_type = PREDICTION_TYPES.get(config.predict)
-    scheduler = {"_class_name": "DDIMScheduler", "prediction_type": prediction_type, "clip_sample": False}
+    scheduler = {"_class_name": "DDIMScheduler", "clip_sample": False}
+    scheduler["prediction_type"] = PREDICTION_TYPES.get(config.predict)
 
     # Any schedule other than diffusers' default is described by its betas.
     alphas, linear = NoiseSchedule(**config.of(SCHEDULE)).alphas_cumprod, torch.linspace(1e-4, 0.02, 1000).double()
@@ -1568,11 +1524,10 @@ def from_published(weights, folder):
     for old, new in renamed.items():
         weights = {name.replace(old, new): value for name, value in weights.items()}
 
-    folder = folder.absolute()
-    places = [folder, (folder.parent if folder.name == "unet" else folder) / "scheduler"]
+    places = [folder.absolute().parent / "scheduler", folder / "scheduler", folder]
     found = {path.name: json.loads(path.read_text()) for place in places for path in place.glob("*config.json")}
-    predictions = {prediction_type: predict for predict, prediction_type in PREDICTION_TYPES.items()}
     scheduler = found.get("scheduler_config.json", {})
+    predictions = {prediction_type: predict for predict, prediction_type in PREDICTION_TYPES.items()}
     settings = {"predict": predictions.get(scheduler.get("prediction_type"), "eps")}
     if not scheduler.get("_class_name", "DDPMScheduler").startswith(BETA_SCHEDULERS):
         raise ValueError(f"its scheduler is {scheduler['_class_name']}, which has no betas")
@@ -1591,8 +1546,7 @@ def from_published(weights, folder):
         for key in sorted({*defaults, *ours[file]} - {"_class_name", "dropout", "clip_sample"}):
             value, expected = ({**defaults, **values}.get(key) for values in (found[file], ours[file]))
             if value != expected:
-                value, expected = str(value)[:60], str(expected)[:60]
-                raise ValueError(f"its {file} has {key} = {value}, but this program computes {expected}")
+                raise ValueError(f"its {file} has {key} = {value!s:.60}, but this program computes {expected!s:.60}")
     return {"format": FORMAT, "config": settings, "ema": weights, "free": [] if scheduler else ["predict"]}
 
 
@@ -1609,13 +1563,14 @@ def export_weights(path, model, config):
         from safetensors.torch import save
 
         unet, scheduler = diffusers_configs(config).values()
-        parts = {"unet": ["diffusers", "UNet2DModel"], "scheduler": ["diffusers", "DDIMScheduler"]}
-        index = {"_class_name": "DDIMPipeline", **parts}
+        index = {"unet": ["diffusers", "UNet2DModel"], "scheduler": ["diffusers", "DDIMScheduler"]}
+        index["_class_name"] = "DDIMPipeline"
         files = {"model_index.json": index, "unet/config.json": unet, "scheduler/scheduler_config.json": scheduler}
-        files = {name: json.dumps(content, indent=2).encode() for name, content in files.items()}
-        files[f"unet/{WEIGHTS_NAME}.safetensors"] = save(weights, {"format": "pt"})
-        for name, data in files.items():
-            write_atomically(path / name, lambda file, data=data: file.write(data))
+        for name, content in files.items():
+            text = json.dumps(content, indent=2).encode()
+            write_atomically(path / name, lambda file, text=text: file.write(text))
+        data = save(weights, {"format": "pt"})
+        write_atomically(path / "unet" / f"{WEIGHTS_NAME}.safetensors", lambda file: file.write(data))
     say(f"wrote {path}")
 
 
@@ -1646,21 +1601,21 @@ def gather(item):
 def compute(sampler, count, function, evaluations, desc, convert=None):
     """Return the rows of function(indices) for indices 0..count-1, computed in chunks, by all processes.
 
-    evaluations: steps of the sampler per index, for the progress bar. convert: applied to each chunk of rows, after
-    the check that they are finite. Raises UserError if they are not.
+    evaluations: the expected evaluations of the network per index, for the progress bar. convert: applied to each chunk
+    of rows, after the check that they are finite. Raises UserError if they are not.
     """
     size = sampler.chunk_size * world.size
     results = []
-    with progress(total=count * evaluations, desc=desc, unit="image step") as sampler.bar:
+    with progress(total=count * evaluations, desc=desc, unit="evaluation") as sampler.bar:
         for chunk in torch.arange(count).split(size):
             mine = chunk[share(len(chunk))].tolist()
             padding = mine[-1:] * (sampler.chunk_size - len(mine)) if sampler.is_compiled else []  # for one shape
             rows = function(mine + padding)[: len(mine)].cpu() if mine else None
             rows = torch.cat([part for part in gather(rows) if part is not None])
-            bad = int((~rows.flatten(1).isfinite().all(1)).sum())
-            if bad:
+            if bad := int((~rows.flatten(1).isfinite().all(1)).sum()):
                 raise UserError(f"{bad} of {len(chunk)} images are not finite", code=1)
             results.append(convert(rows) if convert else rows)
+            sampler.bar.total = sampler.bar.n * count // (int(chunk[-1]) + 1)  # some samplers take more evaluations
     return torch.cat(results)
 
 
@@ -1672,27 +1627,21 @@ class UserError(Exception):
         self.code = code
 
 
-class Offline(UserError):
-    """CIFAR-10 is missing and cannot be downloaded."""
-
-
 @contextlib.contextmanager
 def signals_noted():
-    """Collect signals in a list, instead of ending. A Ctrl-C more than a second after the first signal ends at once."""
-    noted, times = [], []
+    """Note signals, instead of ending: {signal: time}. A Ctrl-C more than a second after the first ends at once."""
+    noted, before = {}, {}
 
     def note(signum, frame):
-        times.append(time.monotonic())
-        if signum == signal.SIGINT and times[-1] > times[0] + 1:
+        noted.setdefault(signum, time.monotonic())
+        if signum == signal.SIGINT and time.monotonic() > min(noted.values()) + 1:
             raise KeyboardInterrupt
-        noted.append(signum)
 
-    before = {}
     for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU"):  # batch systems send the last three
         signum = getattr(signal, name, None)  # Windows has two of them
-        is_main = threading.current_thread() is threading.main_thread()  # no other may set handlers
-        if signum and is_main and signal.getsignal(signum) is not signal.SIG_IGN:  # nohup ignores SIGHUP
-            before[signum] = signal.signal(signum, note)
+        if signum and signal.getsignal(signum) is not signal.SIG_IGN:  # nohup ignores SIGHUP
+            with contextlib.suppress(ValueError):  # only the main thread may set handlers
+                before[signum] = signal.signal(signum, note)
     try:
         yield noted
     finally:
@@ -1757,7 +1706,7 @@ class Unbroken(io.FileIO):
 def say(text, file=None, everywhere=False):
     """Print a line above the progress bar, from rank 0 or from every process."""
     if world.rank == 0 or everywhere:
-        (tqdm.write if sys.stderr.isatty() else functools.partial(print, flush=True))(text, file=file or sys.stdout)
+        (tqdm.write if sys.stderr.isatty() else print)(text, file=file)
 
 
 def progress(items=None, **options):
@@ -1790,6 +1739,7 @@ class Runtime:
         return 10 if self.device.type == "cuda" else 1
 
     def autocast(self):
+        """Return a context in which the network computes in this precision."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
 
     def compiled(self, network, evaluations):
@@ -1803,8 +1753,9 @@ class Runtime:
 
 def start(config):
     """Set up this process: device, precision, threads, and the connection to the others of torchrun."""
-    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    asked = next(name for name in available if available[name]) if config.device == "auto" else config.device
+    asked = config.device
+    if asked == "auto":
+        asked = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         device = torch.device("cuda", world.local_rank) if asked == "cuda" else torch.device(asked)
         torch.zeros(1, device=device)
@@ -1817,17 +1768,13 @@ def start(config):
     if world.size > 1:
         timeout = timedelta(hours=2)  # the others wait while rank 0 downloads CIFAR-10
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout)
+
+    # bf16 is faster with hardware for it alone. Checkpoints keep the choice, so that a resumed run makes it, too.
     if config.precision == "auto":
-        config.precision = "bf16" if is_fast_in_bf16(device) else "fp32"  # checkpoints keep it: a resumed run, too
+        cpu = getattr(torch.cpu, "get_capabilities", dict)() if device.type == "cpu" else {}
+        is_ampere = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+        config.precision = "bf16" if is_ampere or cpu.get("amx_bf16") or cpu.get("avx512_bf16") else "fp32"
     return Runtime(device, config.precision, config.compile)
-
-
-def is_fast_in_bf16(device):
-    """Return whether bf16 is faster than fp32, which it is with hardware for it alone."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_capability(device) >= (8, 0)  # Ampere
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)() if device.type == "cpu" else {}
-    return any(capabilities.get(name) for name in ("amx_bf16", "avx512_bf16"))
 
 
 # ---- Command line ----------------------------------------------------------------------------------------------------
@@ -1835,19 +1782,17 @@ def is_fast_in_bf16(device):
 
 def make_parser():
     """Return a parser with a flag for each field of Config. It leaves out what was not typed."""
-    width = min(120, shutil.get_terminal_size().columns)
     parser = argparse.ArgumentParser(
         prog="ddim_cifar.py",
         usage="%(prog)s [--epochs N] [--iterations N] [flags], or --sample CKPT [flags]; see --help",
         description="Train a UNet on CIFAR-10 and sample it with DDIM. Without flags: a quick test of one step.",
-        formatter_class=functools.partial(argparse.HelpFormatter, max_help_position=30, width=width),
+        formatter_class=functools.partial(argparse.HelpFormatter, max_help_position=30),
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
     )
     parser.suggest_on_error = True  # from Python 3.14 on
     parser.add_argument("--local-rank", "--local_rank", dest="launcher", help=argparse.SUPPRESS)
-    titles = dict.fromkeys(setting.metadata["group"] for setting in fields(Config))
-    groups = {title: parser.add_argument_group(title) for title in titles}
+    group = functools.cache(parser.add_argument_group)
     for setting in fields(Config):
         options = {name: value for name, value in setting.metadata.items() if name not in ("group", "least", "most")}
         if setting.type is bool:
@@ -1858,7 +1803,7 @@ def make_parser():
                 options.setdefault("metavar", "PATH" if setting.type is str else "N")
             if setting.default not in (None, ()):
                 options["help"] += f" [{spell(setting.default)}]"
-        groups[setting.metadata["group"]].add_argument(spell_flag(setting.name), **options)
+        group(setting.metadata["group"]).add_argument(spell_flag(setting.name), **options)
     return parser
 
 
@@ -1870,32 +1815,32 @@ def path_or_name(text):
 
 
 def spell_flag(name):
+    """Return a setting's name as it is typed."""
     return "--" + name.replace("_", "-")
 
 
 def parse_args(argv):
-    """Return the Config of a command line, completed from the checkpoint it names, and that checkpoint or None."""
+    """Return the Config of a command line, completed from the checkpoint it names, and that checkpoint or {}."""
     parser = make_parser()
     typed = vars(parser.parse_args(argv))
     if "launcher" in typed:
         parser.error("--local-rank comes from torch.distributed.launch: use torchrun instead")
     typed = {name: tuple(value) if isinstance(value, list) else value for name, value in typed.items()}
-    training_only = [name for name in typed if name in {*Config.names(LENGTH, RUN), "resume"} - {"dataset"}]
+    training_only = sorted(typed.keys() & {*Config.names(LENGTH, RUN), "resume"} - {"dataset"})
     if "sample" in typed and training_only:
         raise UserError(f"--sample does not train, so it cannot be combined with {spell_flag(training_only[0])}")
 
     # Load the checkpoint, and take the settings that follow from it.
-    path, checkpoint = typed.get("sample", typed.get("resume")), None
+    path, checkpoint = typed.get("sample", typed.get("resume")), {}
     if path == "auto" and "resume" in typed:
-        path = typed.get("out_dir", ".")
-        if not runs_in(Path(path)) or holds_quick_test(Path(path)):
-            say(f"nothing to resume in {Path(path).resolve()}: starting a new run")
+        path = Path(typed.get("out_dir", "."))
+        if not runs_in(path) or holds_quick_test(path):
+            say(f"nothing to resume in {path.resolve()}: starting a new run")
             path = None
     given = PAPER if typed.get("recipe") == "paper" else {}
     if path is not None:
         checkpoint = load_checkpoint(path, "cpu")
         given = {**given, **inherit(checkpoint, typed)}
-
     config = Config(**{**given, **typed})
     config.argv = argv
     check(config)
@@ -1910,23 +1855,17 @@ def inherit(checkpoint, typed):
     A setting that the checkpoint lacks, because it is older, has the value of Config's default.
     """
     saved = {**asdict(Config()), **checkpoint["config"]}
-    taken = {*Config.names(UNET, SCHEDULE, OUTPUT)}
-    fixed = taken - {*checkpoint.get("free", [])}
-    if "step" in checkpoint:
-        saved["out_dir"] = str(checkpoint["path"].parent)
-        taken |= {"out_dir"}
+    saved["out_dir"] = str(checkpoint["path"].parent) if "step" in checkpoint else None
+    taken = {*Config.names(UNET, SCHEDULE, OUTPUT), "out_dir"}
+    fixed = taken - {"out_dir", *checkpoint.get("free", [])}
     if "sample" in typed:
         taken |= {*Config.names(LENGTH, RUN), "data_dir"}  # to reconstruct test images, and to export the weights
     elif "step" in checkpoint:
         fixed |= {*Config.names(RUN), "seed"}
-        taken |= {*Config.names(LENGTH, RUN, SAMPLING, SAMPLER, RUNTIME), "data_dir"} - {
-            "device",
-            "no_ema",
-            "experiments",
-        }
+        taken |= {*Config.names(LENGTH, RUN, SAMPLING, SAMPLER, RUNTIME), "data_dir"}
+        taken -= {"device", "no_ema", "experiments"}
     if {"cifar10", "synthetic"}.isdisjoint([saved["dataset"], typed.get("dataset")]):
         fixed -= {"dataset"}  # a folder may have moved; images_crc32 is compared
-
     for name in sorted(fixed & typed.keys()):
         if typed[name] != saved[name]:
             trained = f"{checkpoint['path']}, which was trained with {spell(saved[name])}"
@@ -1959,18 +1898,17 @@ def check(config):
         raise UserError(f"--sample-steps {steps}: must be at most {timesteps}")
     if config.eta > 0 and config.order == 2:
         raise UserError(f"--order 2: needs --eta 0, not {config.eta}")
-    if "reconstruction" in config.experiments and config.of(SAMPLER) != Config().of(SAMPLER):
-        flags = " and ".join(map(spell_flag, Config.names(SAMPLER)))
-        raise UserError(f"--experiments reconstruction: needs the default {flags}, which ddim_encode inverts")
+    if "reconstruction" in config.experiments and config.of(SAMPLER) != (defaults := Config().of(SAMPLER)):
+        flags = spell([spell_flag(name) for name in defaults])
+        raise UserError(f"--experiments reconstruction: needs the defaults of {flags}, which ddim_encode inverts")
 
     # Files.
     for name, ending in (("export", ".npz"), ("export_weights", ".pth")):
-        path = getattr(config, name)
-        if path is not None and (not Path(path).name or Path(path).suffix not in ("", ending)):
+        path = Path(getattr(config, name) or f"x{ending}")
+        if not path.name or path.suffix not in ("", ending):
             raise UserError(f"{spell_flag(name)} {path}: must be NAME{ending} or a folder, whose name has no dot")
-    if config.export and any(
-        place.is_relative_to(Path(config.export).resolve()) for place in (config.folder, Path.cwd())
-    ):
+    places = (config.folder, Path.cwd())  # which must not be set aside
+    if config.export and any(place.is_relative_to(Path(config.export).resolve()) for place in places):
         raise UserError(f"--export {config.export}: must be a folder of its own")
     is_known = config.channel_mults[0] == 1 and config.predict in PREDICTION_TYPES and len(Config.names(UNET)) == 4
     if config.export_weights and not config.export_weights.endswith(".pth") and not is_known:
@@ -2002,19 +1940,18 @@ def execute(config, checkpoint, runtime):
         say(f"drawing {count} images, the most that a grid shows; use --export to write all {config.num_samples:,}")
     picture = config.folder / "ddim_samples.png"
     is_own = not config.sample or ("step" in checkpoint and config.folder == checkpoint["path"].parent)
-    if world.rank == 0 and not is_own and runs_in(config.folder) and not holds_quick_test(config.folder):
+    if not is_own and runs_in(config.folder) and not holds_quick_test(config.folder):
         set_aside(picture)  # of another run
     sampler = Sampler(model, schedule, config, runtime, evaluations=math.ceil(count * config.steps / 256))
     save_samples(sampler, picture, count, config.export)
     for name in config.experiments:
         globals()[name](sampler, test_images)
-    if config.export_weights and world.rank == 0:
+    if config.export_weights:
         export_weights(Path(config.export_weights).resolve(), model, config)
 
     if not (config.experiments or config.export or config.export_weights):
-        words = ["--sample", config.sample or str(config.folder), "--experiments", "trajectory", "interpolation"]
-        words += ["--seed", str(config.seed)] if config.seed else []
-        say(f"next: python {shlex.join([sys.argv[0], *words])}")
+        words = [sys.argv[0], "--sample", config.sample or str(config.folder), "--seed", str(config.seed)]
+        say(f"next: python {shlex.join(words)} --experiments trajectory interpolation")
 
 
 def execute_training(config, checkpoint, runtime, model, schedule):
@@ -2028,7 +1965,7 @@ def execute_training(config, checkpoint, runtime, model, schedule):
         gather(None)
     trainer = Trainer(model, schedule, config, runtime, zlib.crc32(images.numpy()))
     own, rows = None, []
-    if checkpoint and "step" in checkpoint:
+    if "step" in checkpoint:
         own = checkpoint["path"]
         trainer.steps = checkpoint["step"]  # `execute` has loaded the weights
         trainer.ema.load_state_dict(checkpoint["ema"])
@@ -2039,8 +1976,7 @@ def execute_training(config, checkpoint, runtime, model, schedule):
         if checkpoint.get("images_crc32") != trainer.images_crc32:
             say("warning: the training images differ from those the checkpoint was trained on", sys.stderr)
         rows = read_log(own.parent, trainer.steps)
-    if checkpoint:
-        checkpoint.clear()  # frees half a gigabyte
+    checkpoint.clear()  # frees half a gigabyte
     if len({*gather(trainer.steps)}) > 1:
         raise UserError("the processes found different checkpoints; they must all see the same files")
     if world.rank == 0:
@@ -2049,8 +1985,8 @@ def execute_training(config, checkpoint, runtime, model, schedule):
             leftover.unlink(missing_ok=True)
 
     log = Log(config, trainer.steps, rows)
-    left = max(0, config.total - trainer.steps)
     say(f"images    {config.dataset}: {len(images):,} for training, {min(HELD_OUT, len(held_out)):,} held out")
+    left = max(0, config.total - trainer.steps)
     say(f"steps     {trainer.steps:,} done, {left:,} to go, {config.batch_size} images each")
     say(f"output    {config.folder}")
     train(trainer, images, held_out, log)

@@ -5,6 +5,7 @@ import contextlib
 import csv
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -31,9 +32,9 @@ Result = collections.namedtuple("Result", "code out err")
 
 
 class Command:
-    """ddim(*flags) runs the command in this process, in a folder of the test's own, with a tiny network on few images.
+    """Run the command in this process, by ddim(*flags), in a folder of the test's own, with a tiny network.
 
-    flags=[] or another list replaces these flags. ddim.start and ddim.torchrun run it in other processes.
+    flags=[] or another list replaces these flags. start, torchrun and fork run it in other processes.
     """
 
     script, device, network, images, tiny = SCRIPT, DEVICE, NETWORK, FEW_IMAGES.name, TINY
@@ -50,7 +51,7 @@ class Command:
         return Result(code, *self.capfd.readouterr())
 
     def start(self, *flags, python=(), before=lambda: None, **options):
-        """The command in a process of its own, without a network, as from a shell. It is killed when the test ends."""
+        """Start the command in a process of its own, without a network. It is killed when the test ends."""
         refusing = "http://127.0.0.1:9"
         options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, **options}
         options["env"] = {**os.environ, "http_proxy": refusing, "https_proxy": refusing, **options.get("env", {})}
@@ -65,13 +66,34 @@ class Command:
         return self.start(*flags, python=launcher, env={"OMP_NUM_THREADS": "1"}, **options)
 
     def finish(self, process, seconds=PATIENCE):
-        """Wait for a process to end: its code and what it wrote. One that hangs is killed, and the test fails."""
+        """Wait for a process to end, and return its code and what it wrote. One that hangs fails the test."""
         try:
             out, err = process.communicate(timeout=seconds)
         except subprocess.TimeoutExpired:
             self.kill(process)
             pytest.fail(f"still running after {seconds} seconds: {process.communicate(timeout=10)}")
         return Result(process.returncode, out, err)
+
+    def fork(self, *flags):
+        """Start the command in two forks of this process that work together, as torchrun would: their numbers."""
+        if torch.cuda.is_available() or not hasattr(os, "fork"):
+            pytest.skip("CUDA does not stand a fork")
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
+        processes = []
+        for rank in range(2):
+            processes.append(os.fork())
+            if processes[-1] == 0:
+                signal.alarm(60)
+                os.environ |= {**address, "RANK": str(rank)}
+                vars(ddim_cifar.world).update(rank=rank, size=2, local_rank=rank)
+                os._exit(ddim_cifar.main([str(flag) for flag in flags]))
+        return processes
+
+    def join(self, processes):
+        """Wait for forks to end, and return their exit codes."""
+        return [os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) for process in processes]
 
     def kill(self, process):
         """End a process and those that it started: torchrun puts each into a session of its own."""
@@ -90,7 +112,7 @@ def heed_signals():
 
 @pytest.fixture
 def ddim(tmp_path, capfd):
-    """The command: see Command."""
+    """Return the command: see Command."""
     command = Command(tmp_path, capfd)
     yield command
     for process in command.processes:
@@ -100,7 +122,7 @@ def ddim(tmp_path, capfd):
 
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory):
-    """Of a tiny network after a few steps at a high rate, so that averaged and own weights, and all images, differ."""
+    """Train a tiny network in a few steps at a high rate, so that averaged and own weights, and all images, differ."""
     folder = tmp_path_factory.mktemp("trained")
     flags = ["--iterations", "20", "--lr", "2e-3", "--warmup", "0", "--lr-decay", "0"]
     assert ddim_cifar.main([*TINY, *flags, "--out-dir", str(folder)]) == 0
@@ -109,13 +131,13 @@ def checkpoint(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def load():
-    """Reads a checkpoint, without the program's checks."""
+    """Return a reader of checkpoints without the program's checks."""
     return lambda path: torch.load(path, weights_only=True)
 
 
 @pytest.fixture(scope="session")
 def read_log():
-    """The rows of ddim_log.csv in a folder, as dicts of strings."""
+    """Return a reader of the rows of ddim_log.csv in a folder, as dicts of strings."""
 
     def read(folder):
         with open(folder / "ddim_log.csv", newline="") as file:
@@ -126,7 +148,7 @@ def read_log():
 
 @pytest.fixture(scope="session")
 def wait_until():
-    """Waits for a condition while a process runs."""
+    """Wait for a condition while a process runs, by wait_until(condition, process)."""
 
     def wait(condition, process, seconds=PATIENCE):
         end = time.monotonic() + seconds
@@ -135,6 +157,53 @@ def wait_until():
             time.sleep(0.02)
 
     return wait
+
+
+@pytest.fixture
+def at_step(monkeypatch):
+    """Call action() while the n-th step of a training is taken, by at_step(n, action). n=0: in each."""
+
+    def patch(n, action):
+        step = ddim_cifar.Trainer.step
+
+        def watched(self, images):
+            if n in (0, self.steps + 1):
+                action()
+            return step(self, images)
+
+        monkeypatch.setattr(ddim_cifar.Trainer, "step", watched)
+
+    return patch
+
+
+@pytest.fixture
+def clock(monkeypatch, at_step):
+    """Set up a clock on which a training step takes so many seconds and nothing else any time, by clock(seconds)."""
+
+    def set_up(seconds):
+        now = [0.0]
+        monkeypatch.setattr(ddim_cifar.time, "perf_counter", lambda: now[0])
+        monkeypatch.setattr("tqdm.std.time", lambda: now[0])
+        at_step(0, lambda: now.append(now.pop() + seconds))
+
+    return set_up
+
+
+@pytest.fixture
+def forbid(monkeypatch):
+    """Let os.scandir or the like fail for a path, even for root, by forbid(os, "scandir", path)."""
+
+    def patch(module, name, path):
+        original = getattr(module, name)
+
+        def guarded(file=".", *rest, **options):
+            if isinstance(file, (str, os.PathLike)) and Path(file) == path:
+                raise PermissionError(13, "Permission denied", str(file))
+            return original(file, *rest, **options)
+
+        monkeypatch.setattr(module, name, guarded)
+
+    return patch
 
 
 def pytest_addoption(parser):

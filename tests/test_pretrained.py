@@ -11,7 +11,6 @@ import pytest
 import torch
 from PIL import Image
 
-import ddim_cifar
 from ddim_cifar import Runtime, ddim_encode, ddim_sample, ddim_timesteps, held_out_loss, load_model, to_float
 
 WEIGHTS = Path(__file__).with_name("pretrained.pth")
@@ -22,7 +21,7 @@ CPU = torch.device("cpu")
 @pytest.fixture(scope="module")
 def strip():
     """Return the tiles of pretrained.png, uint8 [12, 3, 32, 32]."""
-    pixels = np.asarray(Image.open(WEIGHTS.with_suffix(".png")))
+    pixels = np.array(Image.open(WEIGHTS.with_suffix(".png")))
     return torch.from_numpy(pixels).unflatten(1, (12, 32)).permute(1, 3, 0, 2)
 
 
@@ -46,10 +45,10 @@ def test_its_held_out_loss_is_the_stored_one(trained, strip):
 
 def test_encoding_and_decoding_give_test_images_back(trained, strip):
     model, schedule = trained
-    x_0, errors = to_float(strip[4:8]), []
-    for steps in (10, 20):
+    x_0, errors = to_float(strip[4:6]), []
+    for steps in (5, 10):
         tau = ddim_timesteps(1000, steps, "quadratic")
         x_T = ddim_encode(model, x_0, schedule, tau)
         assert 0.8 < x_T.std() < 1.1  # nearly the noise that sampling starts from
         errors.append(((ddim_sample(model, x_T, schedule, tau) - x_0) / 2).square().mean().item())
-    assert errors[1] < 0.5 * errors[0] and errors[0] < 0.02
+    assert errors[1] < 0.5 * errors[0] and errors[1] < 0.02
