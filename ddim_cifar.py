@@ -78,7 +78,11 @@ def flag(group, default, help, **options):
 
 @dataclass
 class Config:
-    """All settings of a run. A checkpoint stores them as a dict."""
+    """All settings of a run. A checkpoint stores them as a dict.
+
+    A new field is a new flag. In the groups UNET, SCHEDULE and SAMPLER, it is also a new argument of UNet,
+    NoiseSchedule and ddim_sample.
+    """
 
     epochs: int = flag(LENGTH, 1, "total training length, in epochs of --iterations steps", least=1)
     iterations: int = flag(LENGTH, 1, "optimizer steps per epoch, whatever the size of the data set", least=1)
@@ -165,7 +169,11 @@ class Config:
 
 
 class NoiseSchedule:
-    """Linear betas (DDPM, Sec. 4). alphas_cumprod is float64 [timesteps] on the CPU, the alpha_t of the DDIM paper."""
+    """A linear schedule of betas (DDPM, Sec. 4).
+
+    timesteps: T. beta_start, beta_end: the first and the last beta.
+    Its attribute alphas_cumprod, float64 [T] on the CPU, is the alpha_t of the DDIM paper.
+    """
 
     def __init__(self, timesteps=1000, beta_start=1e-4, beta_end=0.02):
         betas = torch.linspace(beta_start, beta_end, timesteps, dtype=torch.float64)
@@ -1296,7 +1304,10 @@ def facts(config):
 
 
 def save_checkpoint(path, trainer):
-    """Write tensors and plain values only, which torch.load(weights_only=True) can read."""
+    """Write the training state: format, config, step, model, ema, optimizer, and what `facts` and images_crc32 add.
+
+    It holds tensors and plain values only, which torch.load(weights_only=True) can read.
+    """
     content = {
         **facts(trainer.config),
         "step": trainer.steps,
@@ -1727,7 +1738,10 @@ def spell(value):
 
 @dataclass
 class Runtime:
-    """Where and how the network runs."""
+    """Where and how the network runs.
+
+    precision: "fp32" or "bf16". compile: "auto", "on" or "off".
+    """
 
     device: torch.device
     precision: str = "fp32"
