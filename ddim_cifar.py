@@ -56,7 +56,7 @@ HELD_OUT = 256  # images in the held-out loss
 # resumed or sampling run, and what may not be changed there (see `inherit`).
 
 LENGTH = "training"
-RUN = "training: fixed when a run is resumed"
+RUN = "training: cannot change on resume"
 OUTPUT = "network output: fixed by the checkpoint"
 UNET = "network: fixed by the checkpoint"
 SCHEDULE = "noise schedule: fixed by the checkpoint"  # fields are passed to NoiseSchedule; none by default
@@ -97,7 +97,7 @@ class Config:
     optimizer: str = flag(RUN, "muon", "muon: for matrices, with Adam for the rest", choices=tuple(LEARNING_RATES))
     recipe: str = flag(RUN, "default", "paper: DDPM's defaults; explicit flags override", choices=("default", "paper"))
     dropout: float = flag(RUN, 0.0, "dropout in each ResBlock; use 0.1 for hundreds of epochs", least=0, most=0.99)
-    dataset: str = flag(RUN, "cifar10", "cifar10, synthetic (drawn discs) or a folder of images", metavar="NAME")
+    dataset: str = flag(RUN, "cifar10", "cifar10, synthetic (generated discs) or a folder of images", metavar="NAME")
 
     predict: str = flag(OUTPUT, "v", "what the network predicts; eps: as in DDPM", choices=("v", "eps"))
     channels: int = flag(UNET, 128, "base width, a multiple of 32", least=1, most=4096)
@@ -118,14 +118,14 @@ class Config:
     precision: str = flag(RUNTIME, "auto", "auto: bf16 where it is fast", choices=("auto", "fp32", "bf16"))
     compile: str = flag(RUNTIME, "auto", "torch.compile; auto: long runs on a GPU", choices=("auto", "on", "off"))
     micro_batch: int = flag(RUNTIME, None, "images at a time, to save memory [all; sampling: 32, cuda 256]", least=1)
-    seed: int = flag(RUNTIME, 0, "random seed; --sample does not take that of the training", least=0)
+    seed: int = flag(RUNTIME, 0, "random seed; --sample uses this one, not that of the training run", least=0)
 
     resume: str = flag(FILES, None, "continue this checkpoint or run folder; auto: the run in --out-dir, or a new one")
     sample: str = flag(FILES, None, "sample from this checkpoint, run folder or published weights; do not train")
     export: str = flag(FILES, None, "also write all samples: NAME.npz (uint8 [N,32,32,3]), or a new folder of PNGs")
     export_weights: str = flag(FILES, None, "also write the EMA weights: NAME.pth, or a folder for diffusers")
     data_dir: str = flag(FILES, "./data", "folder of CIFAR-10, downloaded if missing", metavar="DIR")
-    out_dir: str = flag(FILES, None, "folder for all output [the run's if resumed or sampled, else .]", metavar="DIR")
+    out_dir: str = flag(FILES, None, "output folder [that of the resumed or sampled run, else .]", metavar="DIR")
 
     def __post_init__(self):
         if self.lr is None:
@@ -680,7 +680,8 @@ class Trainer:
 def held_out_loss(predictor, images, runtime):
     """Return the loss on held-out images with fixed eps and stratified t. It is less noisy than the training loss."""
     schedule, device = predictor.schedule, runtime.device
-    x_0 = to_float(images[:HELD_OUT].to(device))
+    count = max(32, min(HELD_OUT, len(images)))  # fewer images are repeated, because few t say little
+    x_0 = to_float(images[torch.arange(count) % len(images)].to(device))
     t = torch.arange(len(x_0), device=device) * schedule.timesteps // len(x_0)
     eps = rng((0, VALIDATION)).standard_normal(x_0.shape, dtype=np.float32)  # not --seed, so that runs are comparable
     eps = torch.from_numpy(eps).to(device)
@@ -748,7 +749,7 @@ class Sampler:
         # x_T is pure noise, which is wrong where the network expects part of an image.
         first = self.tau(config.steps)[-1]
         if (alpha := schedule.alpha(first)) > 0.02:
-            say(f"warning: sampling starts from pure noise at t = {first}, where alpha is {alpha:.2f}", sys.stderr)
+            say(f"warning: sampling starts at t = {first}, where alpha is {alpha:.2f}; try --tau uniform", sys.stderr)
 
     def eps(self, x, t):
         """Return eps_theta(x, t), and advance the progress bar."""
@@ -1927,6 +1928,12 @@ def check(config):
     is_known = config.channel_mults[0] == 1 and config.predict in PREDICTION_TYPES and len(Config.names(UNET)) == 4
     if config.export_weights and not config.export_weights.endswith(".pth") and not is_known:
         raise UserError("--export-weights: diffusers has no such network or prediction; write NAME.pth instead")
+    if (
+        config.export_weights
+        and not config.export_weights.endswith(".pth")
+        and not importlib.util.find_spec("safetensors")
+    ):
+        raise UserError("--export-weights FOLDER: needs `pip install safetensors`")
 
 
 def execute(config, checkpoint, runtime):
