@@ -265,7 +265,7 @@ def ddim_sample(model, x_T, schedule, tau, eta=0.0, *, order=1, noise=None, on_s
     on_step: callable (t, x_0), called once per step with the predicted x_0.
 
     Returns x_0, like x_T. The predicted x_0 is not clipped.
-    Raises ValueError if tau does not ascend, or for an eta or order that is not possible.
+    Raises ValueError if tau is not ascending, or for an unsupported eta or order.
     """
     check_tau(tau, schedule)
     if not 0 <= eta <= 1 or order not in (1, 2) or (order == 2 and eta > 0):
@@ -407,7 +407,7 @@ class Downsample(nn.Module):
 
 
 class Stage(nn.Module):
-    """The ResBlocks of one resolution, each followed by attention or not, and the step to the next resolution."""
+    """The ResBlocks of one resolution, with optional attention after each, and the resampling to the next."""
 
     def __init__(self, widths_in, width, c_time, dropout, attends, downsamplers=(), upsamplers=()):
         super().__init__()
@@ -680,7 +680,7 @@ class Trainer:
 def held_out_loss(predictor, images, runtime):
     """Return the loss on held-out images with fixed eps and stratified t. It is less noisy than the training loss."""
     schedule, device = predictor.schedule, runtime.device
-    count = max(32, min(HELD_OUT, len(images)))  # fewer images are repeated, because few t say little
+    count = max(32, min(HELD_OUT, len(images)))  # fewer images are repeated, to cover at least 32 values of t
     x_0 = to_float(images[torch.arange(count) % len(images)].to(device))
     t = torch.arange(len(x_0), device=device) * schedule.timesteps // len(x_0)
     eps = rng((0, VALIDATION)).standard_normal(x_0.shape, dtype=np.float32)  # not --seed, so that runs are comparable
@@ -746,7 +746,7 @@ class Sampler:
         self.predictor = NoisePredictor(network, schedule, config.predict)
         self.chunk_size = config.micro_batch or (256 if runtime.device.type == "cuda" else 32)
         self.bar = tqdm(disable=True)
-        # x_T is pure noise, which is wrong where the network expects part of an image.
+        # x_T is pure noise, but at an alpha well above 0 the network expects some signal.
         first = self.tau(config.steps)[-1]
         if (alpha := schedule.alpha(first)) > 0.02:
             say(f"warning: sampling starts at t = {first}, where alpha is {alpha:.2f}; try --tau uniform", sys.stderr)
@@ -847,7 +847,7 @@ def consistency(sampler, _):
 
 
 def compare_steps(sampler, name, columns, function, count, evaluations=1, convert=None):
-    """Add a column of function(indices, S) for each S, and print how far each is from the first original or last S.
+    """Add a column of function(indices, S) for each S. Print its distance to the originals, else to the last S.
 
     columns: {label: images [count, 3, 32, 32]}, the originals if any. evaluations, convert: as in `compute`, per step.
     """
@@ -871,13 +871,13 @@ def compare_steps(sampler, name, columns, function, count, evaluations=1, conver
 
 
 class Muon(torch.optim.Optimizer):
-    """Take momentum steps made orthogonal, with the size of Adam's (arXiv 2502.16982, Eq. 4).
+    """The Muon optimizer: orthogonalized momentum, scaled to the RMS of an Adam update (arXiv 2502.16982, Eq. 4).
 
-    params: weights of two or more dimensions. A convolution counts as the matrix [out, k k in]. step() overwrites the
-    gradients. Like torch's fused optimizers, it leaves weights and momentum as they are if found_inf is 1.
+    params: weights of two or more dimensions. A convolution is treated as the matrix [out, k k in]. step() overwrites
+    the gradients. As in torch's fused optimizers, it leaves weights and momentum unchanged if found_inf is 1.
     """
 
-    _step_supports_amp_scaling = True  # torch's name for heeding found_inf
+    _step_supports_amp_scaling = True  # tells torch that step() honors found_inf
 
     def __init__(self, params, lr, momentum=0.95):
         super().__init__(params, {"lr": lr, "momentum": momentum})
@@ -906,7 +906,7 @@ class Muon(torch.optim.Optimizer):
             roots = inverse_roots([x @ x.mT if wide else x.mT @ x for x, wide in zip(stacks, is_wide)])
             for weights, x, root, wide in zip(by_shape.values(), stacks, roots, is_wide):
                 root = root * (1 - self.found_inf)
-                size = 0.2 * group["lr"] * math.sqrt(max(x.shape[1:]))  # gives the root mean square of a step of Adam
+                size = 0.2 * group["lr"] * math.sqrt(max(x.shape[1:]))  # matches the RMS of an Adam update
                 x = root @ x if wide else x @ root
                 views = [weight.movedim(1, -1) for weight in weights]
                 torch._foreach_add_(views, list(x.view(len(views), *views[0].shape)), alpha=-size)
@@ -926,10 +926,10 @@ class Muon(torch.optim.Optimizer):
 
 
 def inverse_roots(grams):
-    """Return about (X X^T)^(-1/2) for each X X^T: its product with X has the singular vectors of X and values near 1.
+    """Approximate (X X^T)^(-1/2) for each X X^T, so that its product with X has all singular values near 1.
 
     grams: float32 [K, m, m] each, of one m. The quintic Newton-Schulz iteration of Muon, X <- F X with A = X X^T and
-    F = a I + b A + c A^2, is computed as A <- F A F, P <- P F: all are small matrices, and commute. It needs full
+    F = a I + b A + c A^2, is computed as A <- F A F, P <- P F, on small matrices that commute. It needs full
     float32, because TF32 and bf16 turn small eigenvalues of A negative.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
@@ -961,7 +961,7 @@ def make_optimizers(model, name, lr):
 
 
 def load_optimizers(optimizers, states):
-    """Load moments, but keep the settings of make_optimizers, which may have been edited."""
+    """Load optimizer state, but keep the hyperparameters of make_optimizers, which may have been edited."""
     for optimizer, state in zip(optimizers, states, strict=True):
         groups = zip(optimizer.param_groups, state["param_groups"], strict=True)
         groups = [{**group, "params": saved["params"]} for group, saved in groups]
@@ -978,12 +978,12 @@ class GroupNorm(nn.GroupNorm):
         if x.is_cuda and torch.compiler.is_compiling():
             return self.by_channels(x)
         if x.is_cpu and x.dtype == torch.bfloat16 and x.shape[2:].numel() < 1024 and self.num_channels < 512:
-            # It is slow in channels_last.
+            # torch's kernel is slow for these sizes in channels_last.
             return super().forward(x.contiguous()).contiguous(memory_format=torch.channels_last)
         return super().forward(x)
 
     def by_channels(self, x):
-        """Compute the same from the moments of each channel: in channels_last, the values of a group are strided.
+        """Compute GroupNorm from per-channel moments, because a group is not contiguous in channels_last.
 
         This makes sampling 1.18 times as fast in a compiled network on a GPU (H200). Not compiled, it is slower.
         """
@@ -1058,7 +1058,7 @@ def hold_out(images):
 
 
 def open_cifar10(folder):
-    """Read the training and test images, md5-checked. Raises ConnectionError if they are missing and offline."""
+    """Load the md5-checked training and test images, downloading if needed. Raises ConnectionError on failure."""
     from torchvision.datasets import CIFAR10, utils  # takes a second, which other data sets need not wait for
 
     folder = folder.parent if folder.name == CIFAR10.base_folder else folder
@@ -1097,7 +1097,7 @@ READABLE = Image.registered_extensions()  # {".png": "PNG", ...}
 
 
 def read_folder(folder):
-    """Read every image below the folder, in order of names, as uint8 [N, 3, 32, 32]. Other files are counted."""
+    """Read every image below the folder, sorted by path, as uint8 [N, 3, 32, 32]. Warns of other files."""
 
     def fail(error):
         raise UserError(f"--dataset {folder}: {error}") from error
@@ -1140,7 +1140,7 @@ def read_image(path):
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
 
-        # Convert colours from the embedded profile, which is made for one of three modes.
+        # Convert to sRGB from the embedded profile, which applies to one of the modes L, CMYK and RGB.
         image = image if image.mode in ("L", "CMYK") else image.convert("RGB")
         if profile:
             with contextlib.suppress(ImageCms.PyCMSError):  # a damaged profile, or one for another mode
@@ -1234,7 +1234,7 @@ class Log:
         write_atomically(self.path, lambda file: file.write(text.encode()))
 
     def timed(self, step, images):
-        """Take a step, on the clock. Its results are read later, by `fetch`."""
+        """Take a step, timed together with the other pending ones. `fetch` reads the results later."""
         if not self.pending:
             self.began = time.perf_counter()
         self.pending.append(step(images))
@@ -1299,7 +1299,7 @@ FORMAT = 3
 
 
 def facts(config):
-    """Return what a file of weights says beside them: settings, and constants of this file on which they depend."""
+    """Return the metadata stored with weights: the settings, and the constants of this file they depend on."""
     alphas = NoiseSchedule(**config.of(SCHEDULE)).alphas_cumprod
     return {"format": FORMAT, "config": asdict(config), "image_size": SIZE, "alphas_cumprod": alphas}
 
@@ -1357,7 +1357,7 @@ def read_checkpoint(path, device):
             raise ValueError(f"not a checkpoint of format {FORMAT}; its keys are {spell([*checkpoint][:3])} ...")
         checkpoint["ema"] = {name: value.float() for name, value in checkpoint["ema"].items()}
 
-        # Do the settings fit this program, and the weights the settings?
+        # Check the settings against this program, and the weights against the settings.
         config = Config(**checkpoint["config"])
         check(config)
         int(checkpoint.get("step", 0))
@@ -1366,7 +1366,7 @@ def read_checkpoint(path, device):
                 raise ValueError(f"it was trained with another {name} than this program has")
         for part in ("ema", "model") if "step" in checkpoint else ("ema",):
             with torch.device("meta"):
-                UNet(**config.of(UNET)).load_state_dict({**checkpoint[part]}, assign=True)  # a copy: assign marks it
+                UNet(**config.of(UNET)).load_state_dict({**checkpoint[part]}, assign=True)  # a copy: assign alters it
     except Exception as error:  # zip, pickle, tensor readers and networks raise errors of many kinds
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         raise UserError(f"checkpoint {path} cannot be used ({reason})") from error
@@ -1422,7 +1422,7 @@ def holds_quick_test(folder):
 def make_room(folder, step, own):
     """Move another run's files into earlier-1, earlier-2, ..., so that only a quick test is overwritten.
 
-    step, own: the step at which this run begins, and its checkpoint. The files of the run that it continues stay.
+    step, own: the step at which this run starts, and the checkpoint it resumes or None. That run's files stay.
     """
     if own and own.parent == folder and all(step >= steps for steps, _ in runs_in(folder)):
         return
@@ -1528,8 +1528,8 @@ def published_files(folder):
 def from_published(weights, folder):
     """Convert a diffusers state dict (old or new key names) from this folder to a checkpoint, without a step.
 
-    The network is that of a config.json in this folder. Raises ValueError if it, or a scheduler_config.json, describes
-    a function that this program does not compute.
+    The network settings come from config.json in this folder, if any. Raises ValueError if it or scheduler_config.json
+    describes something that this program does not implement.
     """
     renamed = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
     renamed |= {"module.": "", "_orig_mod.": ""}
@@ -1632,7 +1632,7 @@ def compute(sampler, count, function, evaluations, desc, convert=None):
 
 
 class UserError(Exception):
-    """An error that main explains in one line, with the exit code to end with."""
+    """An error that main reports in one line before it exits with `code`."""
 
     def __init__(self, text, code=2):
         super().__init__(text)
@@ -1641,7 +1641,7 @@ class UserError(Exception):
 
 @contextlib.contextmanager
 def signals_noted():
-    """Note signals, instead of ending: {signal: time}. A Ctrl-C more than a second after the first ends at once."""
+    """Record signals as {signal: time} instead of exiting. A Ctrl-C over a second after the first exits at once."""
     noted, before = {}, {}
 
     def note(signum, frame):
@@ -1650,7 +1650,7 @@ def signals_noted():
             raise KeyboardInterrupt
 
     for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU"):  # batch systems send the last three
-        signum = getattr(signal, name, None)  # Windows has two of them
+        signum = getattr(signal, name, None)  # Windows has only the first two
         if signum and signal.getsignal(signum) is not signal.SIG_IGN:  # nohup ignores SIGHUP
             with contextlib.suppress(ValueError):  # only the main thread may set handlers
                 before[signum] = signal.signal(signum, note)
@@ -1674,7 +1674,7 @@ def forgiving():
 
 @contextlib.contextmanager
 def rescued(trainer, log):
-    """If an error or a signal ends this block, save the last whole step and its log, and print how to go on from it."""
+    """On an error or signal in this block, save the last complete step and the log, and print the resume command."""
     first, config = trainer.steps, trainer.config
     try:
         yield
@@ -1705,7 +1705,7 @@ def lock(folder):
 
 
 class Unbroken(io.FileIO):
-    """A stream that goes on unseen when its reader is gone, such as a pipe to head or a closed window."""
+    """An output stream that switches to os.devnull once its reader is gone, as with a closed pipe or terminal."""
 
     def write(self, data):
         try:
@@ -1730,7 +1730,7 @@ def progress(items=None, **options):
 
 
 def spell(value):
-    """Return a setting as it is typed."""
+    """Format the value of a setting as on the command line."""
     return " ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
 
 
@@ -1750,7 +1750,7 @@ class Runtime:
 
     @property
     def fetch_every(self):
-        """Steps between two readings of their losses."""
+        """Number of steps between reads of the loss."""
         return 10 if self.device.type == "cuda" else 1
 
     def autocast(self):
@@ -1758,7 +1758,7 @@ class Runtime:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
 
     def compiled(self, network, evaluations):
-        """Return the network compiled, if this number of batches makes up for the minute or two that it takes."""
+        """Return the network, compiled with "on", or with "auto" if so many evaluations repay the compile time."""
         pays = self.device.type == "cuda" and evaluations >= 4000 and importlib.util.find_spec("triton")
         if not evaluations or self.compile == "off" or (self.compile == "auto" and not pays):
             return network
@@ -1767,7 +1767,7 @@ class Runtime:
 
 
 def start(config):
-    """Set up this process: device, precision, threads, and the connection to the others of torchrun."""
+    """Set up this process: device, precision and, under torchrun, the process group. Returns a Runtime."""
     asked = config.device
     if asked == "auto":
         asked = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
@@ -1784,7 +1784,7 @@ def start(config):
         timeout = timedelta(hours=2)  # the others wait while rank 0 downloads CIFAR-10
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout)
 
-    # bf16 is faster with hardware for it alone. Checkpoints keep the choice, so that a resumed run makes it, too.
+    # bf16 is faster only with hardware support. The choice is stored in checkpoints, so a resumed run keeps it.
     if config.precision == "auto":
         cpu = getattr(torch.cpu, "get_capabilities", dict)() if device.type == "cpu" else {}
         is_ampere = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
@@ -1796,7 +1796,7 @@ def start(config):
 
 
 def make_parser():
-    """Return a parser with a flag for each field of Config. It leaves out what was not typed."""
+    """Return a parser with a flag for each field of Config. Its result omits flags that were not given."""
     parser = argparse.ArgumentParser(
         prog="ddim_cifar.py",
         usage="%(prog)s [--epochs N] [--iterations N] [flags], or --sample CKPT [flags]; see --help",
@@ -1823,14 +1823,14 @@ def make_parser():
 
 
 def path_or_name(text):
-    """Return the text of a flag with ~ expanded. It must not be empty, as an unset variable of a shell is."""
+    """Return the value of a flag with ~ expanded. Rejects an empty value, as from an unset shell variable."""
     if not text:
         raise argparse.ArgumentTypeError("must not be empty")
     return os.path.expanduser(text)
 
 
 def spell_flag(name):
-    """Return a setting's name as it is typed."""
+    """Return the flag of a setting: --batch-size for batch_size."""
     return "--" + name.replace("_", "-")
 
 
@@ -1867,7 +1867,7 @@ def parse_args(argv):
 def inherit(checkpoint, typed):
     """Return the settings that come from the checkpoint. Raises UserError if a typed flag contradicts a fixed one.
 
-    A setting that the checkpoint lacks, because it is older, has the value of Config's default.
+    Settings missing from an older checkpoint take Config's defaults.
     """
     saved = {**asdict(Config()), **checkpoint["config"]}
     saved["out_dir"] = str(checkpoint["path"].parent) if "step" in checkpoint else None
@@ -1937,7 +1937,7 @@ def check(config):
 
 
 def execute(config, checkpoint, runtime):
-    """Train, unless --sample was given, then draw what was asked for."""
+    """Train unless --sample was given, then write samples, experiments and exports."""
     torch.manual_seed(torch_seed(config.seed, WEIGHTS))
     model = UNet(**config.of(UNET), dropout=config.dropout)
     schedule = NoiseSchedule(**config.of(SCHEDULE))
@@ -2015,7 +2015,7 @@ def execute_training(config, checkpoint, runtime, model, schedule):
 
 
 def main(argv=None):
-    """Run the command line. Returns the exit code: 0; 1 not finite or a process lost; 2 other errors; 128 + signal."""
+    """Run the command line. Returns 0; 1 for non-finite values or a lost process; 2 for other errors; 128 + signal."""
     try:
         config, checkpoint = parse_args(sys.argv[1:] if argv is None else argv)
         execute(config, checkpoint, start(config))
@@ -2032,7 +2032,7 @@ def main(argv=None):
     except Exception as error:
         code, text = 2, str(error)
         if isinstance(error, MemoryError) or "out of memory" in text:
-            text = "out of memory; a smaller --micro-batch computes the same with less"
+            text = "out of memory; a smaller --micro-batch gives the same result with less memory"
         elif isinstance(error, dist.DistBackendError) or (world.size > 1 and "gloo" in text):
             code, text = 1, f"another process was lost: {text}"
         elif not isinstance(error, OSError):
