@@ -1357,8 +1357,10 @@ def read_checkpoint(path, device):
             raise ValueError(f"not a checkpoint of format {FORMAT}; its keys are {spell([*checkpoint][:3])} ...")
         checkpoint["ema"] = {name: value.float() for name, value in checkpoint["ema"].items()}
 
-        # Check the settings against this program, and the weights against the settings.
-        config = Config(**checkpoint["config"])
+        # Check the settings against this program, and the weights against the settings. Paths are left out, because they
+        # were those of the command that wrote the checkpoint.
+        saved = checkpoint["config"].items()
+        config = Config(**{name: value for name, value in saved if name not in Config.names(FILES)})
         check(config)
         int(checkpoint.get("step", 0))
         for name, value in facts(config).items():
@@ -1926,13 +1928,10 @@ def check(config):
     if config.export and any(place.is_relative_to(Path(config.export).resolve()) for place in places):
         raise UserError(f"--export {config.export}: must be a folder of its own")
     is_known = config.channel_mults[0] == 1 and config.predict in PREDICTION_TYPES and len(Config.names(UNET)) == 4
-    if config.export_weights and not config.export_weights.endswith(".pth") and not is_known:
+    for_diffusers = config.export_weights and not config.export_weights.endswith(".pth")
+    if for_diffusers and not is_known:
         raise UserError("--export-weights: diffusers has no such network or prediction; write NAME.pth instead")
-    if (
-        config.export_weights
-        and not config.export_weights.endswith(".pth")
-        and not importlib.util.find_spec("safetensors")
-    ):
+    if for_diffusers and not importlib.util.find_spec("safetensors"):
         raise UserError("--export-weights FOLDER: needs `pip install safetensors`")
 
 
@@ -1970,6 +1969,7 @@ def execute(config, checkpoint, runtime):
     if config.export_weights:
         export_weights(Path(config.export_weights).resolve(), model, config)
 
+    # Suggest what to do next.
     if not (config.experiments or config.export or config.export_weights):
         words = [sys.argv[0], "--sample", config.sample or str(config.folder), "--seed", str(config.seed)]
         say(f"next: python {shlex.join(words)} --experiments trajectory interpolation")

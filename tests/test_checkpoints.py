@@ -411,3 +411,11 @@ def test_a_run_stopped_at_random_moments_ends_as_if_left_alone(
     losses = [[row["val_loss"] for row in read_log(path)] for path in (alone, folder)]
     assert losses[0] == losses[1]
     assert not list(folder.glob("*.tmp")) and not (folder / "earlier-1").exists()
+
+
+def test_paths_that_a_checkpoint_was_made_with_do_not_keep_it_from_loading(checkpoint, load, tmp_path):
+    """Load a checkpoint whose --export is by now the current folder, and whose settings name no file that exists."""
+    content = load(checkpoint)
+    content["config"] |= {"export": str(Path.cwd()), "export_weights": "a.b", "resume": "gone.pth"}
+    torch.save(content, tmp_path / "x.pth")
+    assert ddim_cifar.load_checkpoint(tmp_path / "x.pth", "cpu")["step"] == content["step"]
