@@ -1357,8 +1357,8 @@ def read_checkpoint(path, device):
             raise ValueError(f"not a checkpoint of format {FORMAT}; its keys are {spell([*checkpoint][:3])} ...")
         checkpoint["ema"] = {name: value.float() for name, value in checkpoint["ema"].items()}
 
-        # Check the settings against this program, and the weights against the settings. Paths are left out, because they
-        # were those of the command that wrote the checkpoint.
+        # Check the settings against this program, and the weights against the settings. Paths are left out, because
+        # they were those of the command that wrote the checkpoint.
         saved = checkpoint["config"].items()
         config = Config(**{name: value for name, value in saved if name not in Config.names(FILES)})
         check(config)
