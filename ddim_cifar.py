@@ -105,7 +105,7 @@ class Config:
     res_blocks: int = flag(UNET, 2, "ResBlocks per resolution", least=1, most=100)
     attn_resolutions: tuple = flag(UNET, (16,), "feature-map sizes that get attention", least=1, nargs="*")
 
-    num_samples: int = flag(SAMPLING, 16, "images to draw", least=1)
+    num_samples: int = flag(SAMPLING, 16, "images to draw; a grid shows at most 256, --export writes all", least=1)
     sample_steps: tuple = flag(SAMPLING, (), "steps S; experiments use all, samples the last [50]", least=1, nargs="+")
     tau: str = flag(SAMPLING, "quadratic", "spacing of the S timesteps; the paper's is quadratic", choices=SPACINGS)
     no_ema: bool = flag(SAMPLING, False, "sample with the raw weights instead of their moving average")
@@ -154,6 +154,15 @@ class Config:
     def folder(self):
         """The folder that all output goes to."""
         return Path(self.out_dir or ".").resolve()
+
+    @property
+    def fetch_every(self):
+        """Steps between reads of the loss, each of which synchronizes with a GPU."""
+        return 10 if self.device.startswith("cuda") else 1
+
+    def autocast(self):
+        """Return a context in which the network computes in --precision."""
+        return torch.autocast(torch.device(self.device).type, torch.bfloat16, enabled=self.precision == "bf16")
 
     def of(self, *groups):
         """Return the settings of these groups as keyword arguments, as in NoiseSchedule(**config.of(SCHEDULE))."""
@@ -586,23 +595,28 @@ def draw_step(n, batch_size, timesteps, seed, device, cumulative=None):
 class Trainer:
     """The training state, as stored in a checkpoint: weights, EMA weights, optimizer moments and step count."""
 
-    def __init__(self, model, schedule, config, runtime, images_crc32=None):
-        self.model, self.schedule, self.config, self.runtime = model.train(), schedule, config, runtime
+    def __init__(self, model, schedule, config, images_crc32=None):
+        self.model, self.schedule, self.config, self.device = (
+            model.train(),
+            schedule,
+            config,
+            torch.device(config.device),
+        )
         self.images_crc32 = images_crc32  # of the training images: a resumed run compares it
         self.steps, self.is_whole = 0, True  # is_whole is False while a step changes the weights
         self.optimizers = make_optimizers(model, config.optimizer, config.lr)
 
         # The density of t.
         density = t_density(schedule, config.predict)
-        self.density = density.float().to(runtime.device)
-        self.cumulative = density.cumsum(0).float().to(runtime.device) if (density != 1).any() else None
+        self.density = density.float().to(self.device)
+        self.cumulative = density.cumsum(0).float().to(self.device) if (density != 1).any() else None
 
         # The exponential moving average of the weights, used for sampling.
         self.ema = copy.deepcopy(model).eval().requires_grad_(False)
         self.parameters, self.averages = list(model.parameters()), list(self.ema.parameters())
 
         # Compile by the total, not the remaining, steps, so that a resumed run computes as the original did.
-        network = runtime.compiled(model, config.total)
+        network = compiled(model, config, evaluations=config.total)
         if world.size > 1:
             network = nn.parallel.DistributedDataParallel(network, gradient_as_bucket_view=True)
         self.predictor = NoisePredictor(network, schedule, config.predict)
@@ -616,17 +630,17 @@ class Trainer:
 
     def noisy_images(self, images, n):
         """Return x_t, t and eps of step n for this process's uint8 images: flipped at random, with noise added."""
-        config, device = self.config, self.runtime.device
-        flip, t, eps = draw_step(n, config.batch_size, self.schedule.timesteps, config.seed, device, self.cumulative)
-        images = images.pin_memory() if device.type == "cuda" else images  # lets the copy run asynchronously
-        x_0 = to_float(images.to(device, non_blocking=True))
+        batch_size, seed = self.config.batch_size, self.config.seed
+        flip, t, eps = draw_step(n, batch_size, self.schedule.timesteps, seed, self.device, self.cumulative)
+        images = images.pin_memory() if self.device.type == "cuda" else images  # lets the copy run asynchronously
+        x_0 = to_float(images.to(self.device, non_blocking=True))
         x_0 = torch.where(flip, x_0.flip(3), x_0)
         x_t = self.schedule.add_noise(x_0, eps, t)
         return x_t.contiguous(memory_format=torch.channels_last), t, eps
 
     def loss(self, x_t, t, eps):
         """Return Eq. 5 for each image, [N], divided by the density of t. To reweight t, multiply by gamma_t here."""
-        with self.runtime.autocast():
+        with self.config.autocast():
             predicted = self.predictor(x_t, t)
         return (predicted - eps).square().mean((1, 2, 3)) / self.density[t]
 
@@ -677,16 +691,16 @@ class Trainer:
 
 
 @torch.no_grad()
-def held_out_loss(predictor, images, runtime):
+def held_out_loss(predictor, images, config):
     """Return the loss on held-out images with fixed eps and stratified t. It is less noisy than the training loss."""
-    schedule, device = predictor.schedule, runtime.device
+    schedule, device = predictor.schedule, torch.device(config.device)
     count = max(32, min(HELD_OUT, len(images)))  # fewer images are repeated, to cover at least 32 values of t
     x_0 = to_float(images[torch.arange(count) % len(images)].to(device))
     t = torch.arange(len(x_0), device=device) * schedule.timesteps // len(x_0)
     eps = rng((0, VALIDATION)).standard_normal(x_0.shape, dtype=np.float32)  # not --seed, so that runs are comparable
     eps = torch.from_numpy(eps).to(device)
     x_t = schedule.add_noise(x_0, eps, t).contiguous(memory_format=torch.channels_last)
-    with runtime.autocast():
+    with config.autocast():
         predicted = torch.cat([predictor(*part) for part in zip(x_t.split(32), t.split(32))])
     return float((predicted - eps).square().mean())
 
@@ -705,13 +719,13 @@ def train(trainer, images, held_out, log):
             epoch, within_epoch = divmod(trainer.steps, config.iterations)
             periodic = within_epoch == 0 and epoch % config.save_every == 0
             run_ends = trainer.steps == config.total
-            if trainer.steps % trainer.runtime.fetch_every and not (periodic or run_ends):
-                continue  # reading losses synchronizes with a GPU, so do it every 10 steps
+            if trainer.steps % config.fetch_every and not (periodic or run_ends):
+                continue
 
             # Log.
             rows, val_loss = log.fetch(), None
             if (periodic or run_ends) and not config.is_quick_test:
-                val_loss = held_out_loss(averaged, held_out, trainer.runtime)
+                val_loss = held_out_loss(averaged, held_out, config)
             log.write(rows, val_loss)
 
             # Save and show.
@@ -726,7 +740,7 @@ def train(trainer, images, held_out, log):
                 saved_at = time.perf_counter()
             if periodic:
                 with forgiving():
-                    sampler = Sampler(trainer.ema, trainer.schedule, config, trainer.runtime)
+                    sampler = Sampler(trainer.ema, trainer.schedule, config)
                     save_samples(sampler, config.folder / f"ddim_samples_epoch_{epoch}.png", count=16)
 
             if stop := max(gather(max(signals, default=0))):  # all processes stop at the same step
@@ -739,12 +753,17 @@ def train(trainer, images, held_out, log):
 class Sampler:
     """Draw images by index. Image i depends only on (seed, i), not on the batch it is drawn in."""
 
-    def __init__(self, model, schedule, config, runtime, evaluations=0):
-        self.model, self.schedule, self.config, self.runtime = model.eval(), schedule, config, runtime
-        network = runtime.compiled(model, evaluations)
+    def __init__(self, model, schedule, config, evaluations=0):
+        self.model, self.schedule, self.config, self.device = (
+            model.eval(),
+            schedule,
+            config,
+            torch.device(config.device),
+        )
+        network = compiled(model, config, evaluations)
         self.is_compiled = network is not model
         self.predictor = NoisePredictor(network, schedule, config.predict)
-        self.chunk_size = config.micro_batch or (256 if runtime.device.type == "cuda" else 32)
+        self.chunk_size = config.micro_batch or (256 if self.device.type == "cuda" else 32)
         self.bar = tqdm(disable=True)
         # x_T is pure noise, but at an alpha well above 0 the network expects some signal.
         first = self.tau(config.steps)[-1]
@@ -754,13 +773,13 @@ class Sampler:
     def eps(self, x, t):
         """Return eps_theta(x, t), and advance the progress bar."""
         self.bar.update(len(x) * world.size)
-        with self.runtime.autocast():
+        with self.config.autocast():
             return self.predictor(x, t)
 
     def normal(self, generators):
         """Return standard normal float32 [N, 3, 32, 32], one image from each generator."""
         x = np.stack([generator.standard_normal((3, SIZE, SIZE), dtype=np.float32) for generator in generators])
-        return torch.from_numpy(x).to(self.runtime.device, memory_format=torch.channels_last)
+        return torch.from_numpy(x).to(self.device, memory_format=torch.channels_last)
 
     def x_T(self, indices):
         """Return the starting noise of these images."""
@@ -833,7 +852,7 @@ def reconstruction(sampler, test_images):
     originals = to_float(test_images[: sampler.config.num_samples])
 
     def encode_and_decode(indices, steps):
-        x_0 = originals[indices].to(sampler.runtime.device, memory_format=torch.channels_last)
+        x_0 = originals[indices].to(sampler.device, memory_format=torch.channels_last)
         x_T = ddim_encode(sampler.eps, x_0, sampler.schedule, sampler.tau(steps))
         return sampler.sample(indices, steps, x_T)
 
@@ -1051,9 +1070,6 @@ def hold_out(images):
     if not held_out.any():
         say(f"warning: only {len(images)} images, so the held-out loss is measured on the same ones", sys.stderr)
         return images, images
-    known = {image.numpy().tobytes() for image in images[held_out]}
-    if copies := sum(image.numpy().tobytes() in known for image in images[~held_out]):
-        say(f"warning: {copies:,} training images are identical to a held-out image", sys.stderr)
     return images[~held_out], images[held_out]
 
 
@@ -1250,7 +1266,6 @@ class Log:
     def write(self, rows, val_loss):
         """Write the rows of these steps, val_loss in the last. Raises UserError after ten bad steps in a row."""
         images_per_s = self.config.batch_size / self.seconds_each
-        was_written = not self.unwritten
         for step, loss, grad_norm, lr in rows:
             self.seconds += self.seconds_each
             epoch = (step - 1) // self.config.iterations + 1
@@ -1263,15 +1278,11 @@ class Log:
                 self.losses.append(loss)
                 self.bad_in_a_row = 0
 
-        # Rows that cannot be written now go with the next ones.
-        try:
+        with forgiving():  # rows that cannot be written now go with the next ones
             if world.rank == 0:
                 with open(self.path, "a") as file:
                     file.write(self.unwritten)
             self.unwritten = ""
-        except OSError as error:
-            if was_written:
-                say(f"warning: cannot write {self.path}: {error}; training goes on", sys.stderr)
 
         # Show.
         text = f"loss {np.mean(self.losses or [math.nan]):.4f}, {images_per_s:,.1f} images/s"
@@ -1413,12 +1424,9 @@ def runs_in(folder):
     return sorted(runs, reverse=True)
 
 
-def holds_quick_test(folder):
-    """Return whether a folder holds a quick test: a log of at most one row, and no checkpoint but a final one."""
-    with contextlib.suppress(OSError):
-        is_short = (folder / "ddim_log.csv").is_file() and len(read_log(folder, math.inf)) <= 1
-        return is_short and all(steps <= 1 and path.stem == "ddim_model_final" for steps, path in runs_in(folder))
-    return False  # the log cannot be read
+def furthest(folder):
+    """Return the steps of the furthest checkpoint in a folder: 0 if there is none, 1 after a quick test."""
+    return max((steps for steps, _ in runs_in(folder)), default=0)
 
 
 def make_room(folder, step, own):
@@ -1426,12 +1434,12 @@ def make_room(folder, step, own):
 
     step, own: the step at which this run starts, and the checkpoint it resumes or None. That run's files stay.
     """
-    if own and own.parent == folder and all(step >= steps for steps, _ in runs_in(folder)):
+    if own and own.parent == folder and step >= furthest(folder):
         return
     os.listdir(folder)  # raises an error where glob would find nothing, in a folder that cannot be listed
     patterns = ("ddim_model_*.pth", "ddim_log.csv", "ddim_samples*.png")
     files = [path for pattern in patterns for path in folder.glob(pattern) if path != own]
-    if files and not holds_quick_test(folder):
+    if files and furthest(folder) != 1:
         target = unused(folder / "earlier")
         target.mkdir()
         for path in files:
@@ -1561,7 +1569,7 @@ def from_published(weights, folder):
             value, expected = ({**defaults, **values}.get(key) for values in (found[file], ours[file]))
             if value != expected:
                 raise ValueError(f"its {file} has {key} = {value!s:.60}, but this program computes {expected!s:.60}")
-    return {"format": FORMAT, "config": settings, "ema": weights, "free": [] if scheduler else ["predict"]}
+    return {"format": FORMAT, "config": settings, "ema": weights}
 
 
 def export_weights(path, model, config):
@@ -1665,13 +1673,13 @@ def signals_noted():
 
 @contextlib.contextmanager
 def forgiving():
-    """Turn an error in this block into a warning, because training is worth more than one picture or checkpoint."""
+    """Turn an error in this block into a warning, said once, because training is worth more than one file."""
     try:
         yield
     except Exception as error:
         if world.size > 1 and not isinstance(error, UserError | OSError):
             raise  # the other processes may wait for this one
-        say(f"warning: {type(error).__name__}: {error}", sys.stderr)
+        say_once(f"warning: {type(error).__name__}: {error}", sys.stderr)
 
 
 @contextlib.contextmanager
@@ -1723,6 +1731,9 @@ def say(text, file=None, everywhere=False):
         (tqdm.write if sys.stderr.isatty() else print)(text, file=file)
 
 
+say_once = functools.cache(say)
+
+
 def progress(items=None, **options):
     """Return a progress bar of tqdm. If stderr is not a terminal, it prints a line per minute instead."""
     if not sys.stderr.isatty():
@@ -1739,37 +1750,17 @@ def spell(value):
 # ---- Device and precision --------------------------------------------------------------------------------------------
 
 
-@dataclass
-class Runtime:
-    """Where and how the network runs.
-
-    precision: "fp32" or "bf16". compile: "auto", "on" or "off".
-    """
-
-    device: torch.device
-    precision: str = "fp32"
-    compile: str = "off"
-
-    @property
-    def fetch_every(self):
-        """Number of steps between reads of the loss."""
-        return 10 if self.device.type == "cuda" else 1
-
-    def autocast(self):
-        """Return a context in which the network computes in this precision."""
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
-
-    def compiled(self, network, evaluations):
-        """Return the network, compiled with "on", or with "auto" if so many evaluations repay the compile time."""
-        pays = self.device.type == "cuda" and evaluations >= 4000 and importlib.util.find_spec("triton")
-        if not evaluations or self.compile == "off" or (self.compile == "auto" and not pays):
-            return network
-        say("compiling the network, which may take a minute or two")
-        return torch.compile(network)
+def compiled(network, config, evaluations):
+    """Return the network, compiled with --compile on, or with auto if so many evaluations repay the compile time."""
+    pays = config.device.startswith("cuda") and evaluations >= 4000 and importlib.util.find_spec("triton")
+    if not evaluations or config.compile == "off" or (config.compile == "auto" and not pays):
+        return network
+    say("compiling the network, which may take a minute or two")
+    return torch.compile(network)
 
 
 def start(config):
-    """Set up this process: device, precision and, under torchrun, the process group. Returns a Runtime."""
+    """Set up this process: device, precision and, under torchrun, the process group. Replaces "auto" in the config."""
     asked = config.device
     if asked == "auto":
         asked = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
@@ -1778,6 +1769,7 @@ def start(config):
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {asked}: not available ({str(error).splitlines()[0]})") from error
+    config.device = str(device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     torch.backends.cudnn.benchmark = True
@@ -1791,7 +1783,6 @@ def start(config):
         cpu = getattr(torch.cpu, "get_capabilities", dict)() if device.type == "cpu" else {}
         is_ampere = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
         config.precision = "bf16" if is_ampere or cpu.get("amx_bf16") or cpu.get("avx512_bf16") else "fp32"
-    return Runtime(device, config.precision, config.compile)
 
 
 # ---- Command line ----------------------------------------------------------------------------------------------------
@@ -1807,8 +1798,9 @@ def make_parser():
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
     )
-    parser.suggest_on_error = True  # from Python 3.14 on
-    parser.add_argument("--local-rank", "--local_rank", dest="launcher", help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--local-rank", help=argparse.SUPPRESS
+    )  # of torch.distributed.launch, which sets LOCAL_RANK, too
     group = functools.cache(parser.add_argument_group)
     for setting in fields(Config):
         options = {name: value for name, value in setting.metadata.items() if name not in ("group", "least", "most")}
@@ -1838,10 +1830,8 @@ def spell_flag(name):
 
 def parse_args(argv):
     """Return the Config of a command line, completed from the checkpoint it names, and that checkpoint or {}."""
-    parser = make_parser()
-    typed = vars(parser.parse_args(argv))
-    if "launcher" in typed:
-        parser.error("--local-rank comes from torch.distributed.launch: use torchrun instead")
+    typed = vars(make_parser().parse_args(argv))
+    typed.pop("local_rank", None)
     typed = {name: tuple(value) if isinstance(value, list) else value for name, value in typed.items()}
     training_only = sorted(typed.keys() & {*Config.names(LENGTH, RUN), "resume"} - {"dataset"})
     if "sample" in typed and training_only:
@@ -1851,7 +1841,7 @@ def parse_args(argv):
     path, checkpoint = typed.get("sample", typed.get("resume")), {}
     if path == "auto" and "resume" in typed:
         path = Path(typed.get("out_dir", "."))
-        if not runs_in(path) or holds_quick_test(path):
+        if furthest(path) <= 1:
             say(f"nothing to resume in {path.resolve()}: starting a new run")
             path = None
     given = PAPER if typed.get("recipe") == "paper" else {}
@@ -1874,7 +1864,7 @@ def inherit(checkpoint, typed):
     saved = {**asdict(Config()), **checkpoint["config"]}
     saved["out_dir"] = str(checkpoint["path"].parent) if "step" in checkpoint else None
     taken = {*Config.names(UNET, SCHEDULE, OUTPUT), "out_dir"}
-    fixed = taken - {"out_dir", *checkpoint.get("free", [])}
+    fixed = taken - {"out_dir"}
     if "sample" in typed:
         taken |= {*Config.names(LENGTH, RUN), "data_dir"}  # to reconstruct test images, and to export the weights
     elif "step" in checkpoint:
@@ -1935,7 +1925,7 @@ def check(config):
         raise UserError("--export-weights FOLDER: needs `pip install safetensors`")
 
 
-def execute(config, checkpoint, runtime):
+def execute(config, checkpoint):
     """Train unless --sample was given, then write samples, experiments and exports."""
     torch.manual_seed(torch_seed(config.seed, WEIGHTS))
     model = UNet(**config.of(UNET), dropout=config.dropout)
@@ -1943,27 +1933,21 @@ def execute(config, checkpoint, runtime):
     if checkpoint:
         raw = checkpoint.get("model", checkpoint["ema"])  # weights alone are EMA weights
         model.load_state_dict(checkpoint["ema"] if config.sample and not config.no_ema else raw)
-    model.to(runtime.device, memory_format=torch.channels_last)
+    model.to(config.device, memory_format=torch.channels_last)
     size = sum(parameter.numel() for parameter in model.parameters())
-    say(f"device    {runtime.device}, {runtime.precision}" + (f", {world.size} processes" if world.size > 1 else ""))
+    say(f"device    {config.device}, {config.precision}" + (f", {world.size} processes" if world.size > 1 else ""))
     say(f"network   {size:,} parameters" + (f", from {checkpoint['path']}" if checkpoint else ""))
 
     test_images = None
     if not config.sample:
-        model, test_images = execute_training(config, checkpoint, runtime, model, schedule)
+        model, test_images = execute_training(config, checkpoint, model, schedule)
     elif "reconstruction" in config.experiments:
         _, test_images = load_images(config)
 
     # Draw.
     count = config.num_samples if config.export else min(256, config.num_samples)
-    if count < config.num_samples:
-        say(f"drawing {count} images, the most that a grid shows; use --export to write all {config.num_samples:,}")
-    picture = config.folder / "ddim_samples.png"
-    is_own = not config.sample or ("step" in checkpoint and config.folder == checkpoint["path"].parent)
-    if not is_own and runs_in(config.folder) and not holds_quick_test(config.folder):
-        set_aside(picture)  # of another run
-    sampler = Sampler(model, schedule, config, runtime, evaluations=math.ceil(count * config.steps / 256))
-    save_samples(sampler, picture, count, config.export)
+    sampler = Sampler(model, schedule, config, evaluations=math.ceil(count * config.steps / 256))
+    save_samples(sampler, config.folder / "ddim_samples.png", count, config.export)
     for name in config.experiments:
         globals()[name](sampler, test_images)
     if config.export_weights:
@@ -1975,7 +1959,7 @@ def execute(config, checkpoint, runtime):
         say(f"next: python {shlex.join(words)} --experiments trajectory interpolation")
 
 
-def execute_training(config, checkpoint, runtime, model, schedule):
+def execute_training(config, checkpoint, model, schedule):
     """Train. Returns the network to sample with, and the held-out images."""
     config.folder.mkdir(parents=True, exist_ok=True)
     held = lock(config.folder) if world.rank == 0 else None  # noqa: F841 (held until training ends)
@@ -1984,7 +1968,7 @@ def execute_training(config, checkpoint, runtime, model, schedule):
     images, held_out = load_images(config)
     if world.local_rank == 0:
         gather(None)
-    trainer = Trainer(model, schedule, config, runtime, zlib.crc32(images.numpy()))
+    trainer = Trainer(model, schedule, config, zlib.crc32(images.numpy()))
     own, rows = None, []
     if "step" in checkpoint:
         own = checkpoint["path"]
@@ -2018,7 +2002,8 @@ def main(argv=None):
     """Run the command line. Returns 0; 1 for non-finite values or a lost process; 2 for other errors; 128 + signal."""
     try:
         config, checkpoint = parse_args(sys.argv[1:] if argv is None else argv)
-        execute(config, checkpoint, start(config))
+        start(config)
+        execute(config, checkpoint)
         if world.size > 1:  # not after an error, because NCCL waits for all processes here
             dist.destroy_process_group()
         return 0

@@ -38,56 +38,56 @@ SHAPE = (3, ddim.SIZE, ddim.SIZE)
 DEFAULTS = "diffusers, defaults (fp32)"
 
 
-def our_network(config, device):
+def our_network(config):
     """Return the program's UNet. Zero weights are made random, because zeros are less work for a GPU."""
     torch.manual_seed(0)
     network = ddim.UNet(**config.of(ddim.UNET))
     for weight in network.state_dict().values():
         if not weight.any():
             weight.normal_(std=0.02)
-    return network.to(device, memory_format=torch.channels_last)
+    return network.to(config.device, memory_format=torch.channels_last)
 
 
-def diffusers_twin(config, device, layout):
+def diffusers_twin(config, layout):
     """Return diffusers' network with the same weights, and its scheduler, built from the program's export."""
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         ddim.export_weights(Path(folder), torch.nn.Module(), config)
         network = UNet2DModel.from_config(UNet2DModel.load_config(Path(folder, "unet")))
         scheduler = DDIMScheduler.from_pretrained(Path(folder, "scheduler"))
-    network.load_state_dict(our_network(config, "cpu").state_dict())
-    return network.to(device, memory_format=layout), scheduler
+    network.load_state_dict(our_network(config).state_dict())
+    return network.to(config.device, memory_format=layout), scheduler
 
 
-def random_batch(config, device):
+def random_batch(config):
     """Return a batch of uint8 images, in pinned memory for a GPU."""
     images = torch.randint(256, (config.batch_size, *SHAPE), dtype=torch.uint8)
-    return images.pin_memory() if device.type == "cuda" else images
+    return images.pin_memory() if config.device.startswith("cuda") else images
 
 
-def our_training(config, runtime, optimizer):
+def our_training(config, optimizer):
     """Return a function that takes one training step of the program."""
-    images = random_batch(config, runtime.device)
+    images = random_batch(config)
     config = replace(config, optimizer=optimizer, lr=None, micro_batch=None)
     schedule = ddim.NoiseSchedule(**config.of(ddim.SCHEDULE))
-    trainer = ddim.Trainer(our_network(config, runtime.device), schedule, config, runtime)
+    trainer = ddim.Trainer(our_network(config), schedule, config)
     return lambda: trainer.step(images)
 
 
-def diffusers_training(config, runtime, tuned):
+def diffusers_training(config, tuned):
     """Return a function that takes one training step with diffusers."""
-    images = random_batch(config, runtime.device)
+    images = random_batch(config)
     layout = torch.channels_last if tuned else torch.contiguous_format
-    network, scheduler = diffusers_twin(config, runtime.device, layout)
+    network, scheduler = diffusers_twin(config, layout)
     parameters = list(network.train().parameters())
     averages = [parameter.detach().clone() for parameter in parameters]
     optimizer = torch.optim.Adam(parameters, lr=2e-4, fused=tuned or None)
-    called = runtime.compiled(network, 1) if tuned else network
-    autocast = runtime.autocast if tuned else contextlib.nullcontext
+    called = ddim.compiled(network, config, 1) if tuned else network
+    autocast = config.autocast if tuned else contextlib.nullcontext
 
     def step():
-        x_0 = ddim.to_float(images.to(runtime.device, non_blocking=True))
+        x_0 = ddim.to_float(images.to(config.device, non_blocking=True))
         eps = torch.randn_like(x_0)
-        t = torch.randint(len(scheduler.betas), (len(x_0),), device=runtime.device)
+        t = torch.randint(len(scheduler.betas), (len(x_0),), device=config.device)
         x_t = scheduler.add_noise(x_0, eps, t).contiguous(memory_format=layout)
         with autocast():
             predicted = called(x_t, t).sample
@@ -105,28 +105,28 @@ def diffusers_training(config, runtime, tuned):
     return step
 
 
-def our_sampling(config, runtime):
+def our_sampling(config):
     """Return a function that samples with the program, in config.steps steps."""
     schedule = ddim.NoiseSchedule(**config.of(ddim.SCHEDULE))
-    sampler = ddim.Sampler(our_network(config, runtime.device), schedule, config, runtime, evaluations=1)
+    sampler = ddim.Sampler(our_network(config), schedule, config, evaluations=1)
     return lambda: sampler.sample(range(config.micro_batch), config.steps)
 
 
-def diffusers_sampling(config, runtime, tuned):
+def diffusers_sampling(config, tuned):
     """Return a function that samples with diffusers, in config.steps steps."""
     layout = torch.channels_last if tuned else torch.contiguous_format
-    network, scheduler = diffusers_twin(config, runtime.device, layout)
-    if tuned and runtime.precision == "bf16":
+    network, scheduler = diffusers_twin(config, layout)
+    if tuned and config.precision == "bf16":
         network.bfloat16()
-    called = runtime.compiled(network.eval(), 1) if tuned else network.eval()
+    called = ddim.compiled(network.eval(), config, 1) if tuned else network.eval()
     scheduler.set_timesteps(config.steps)
     n = config.micro_batch
 
     def sample():
-        x = torch.randn(n, *SHAPE, device=runtime.device).contiguous(memory_format=layout)
+        x = torch.randn(n, *SHAPE, device=config.device).contiguous(memory_format=layout)
         with torch.inference_mode() if tuned else torch.no_grad():
             for t in scheduler.timesteps:
-                t_in = torch.full((n,), int(t), device=runtime.device) if tuned else t  # t itself synchronizes
+                t_in = torch.full((n,), int(t), device=config.device) if tuned else t  # t itself synchronizes
                 x = scheduler.step(called(x.to(network.dtype), t_in).sample, t, x).prev_sample
 
     return sample
@@ -168,24 +168,24 @@ def seconds_per_call(name, function, device):
 
 def time_in_turn(kind, config, rounds):
     """Return the seconds per call of every variant, one value per round: {name: [seconds, ...]}."""
-    runtime = ddim.start(config)
-    functions = {name: build(config, runtime) for name, build in VARIANTS[kind].items()}
+    ddim.start(config)
+    functions = {name: build(config) for name, build in VARIANTS[kind].items()}
     seconds = {name: [] for name in functions}
     for _ in range(1 + rounds):
         for name, function in functions.items():
-            seconds[name].append(seconds_per_call(name, function, runtime.device))
+            seconds[name].append(seconds_per_call(name, function, torch.device(config.device)))
     return {name: own[1:] for name, own in seconds.items()}  # the first round warms up
 
 
 def peak_memory(name, config):
     """Return the peak memory of a training step in gigabytes."""
-    runtime = ddim.start(config)
-    cuda = runtime.device.type == "cuda"
-    step = VARIANTS["training"][name](config, runtime)
+    ddim.start(config)
+    cuda = config.device.startswith("cuda")
+    step = VARIANTS["training"][name](config)
     for _ in range(2):  # the first leaves Adam's moments, the second has them from its start
         if cuda:
             torch.cuda.reset_peak_memory_stats()
-        seconds_per_call(name, step, runtime.device)
+        seconds_per_call(name, step, torch.device(config.device))
     if cuda:
         return torch.cuda.max_memory_allocated() / 1e9
     if sys.platform == "win32":
@@ -248,7 +248,8 @@ def main():
     parser.add_argument("--device", choices=("auto", "cuda", "mps", "cpu"), default="auto")
     options = parser.parse_args()
 
-    device = ddim.start(ddim.Config(device=options.device)).device
+    ddim.start(found := ddim.Config(device=options.device))
+    device = torch.device(found.device)
     config = ddim.Config(
         channels=options.channels,
         batch_size=options.batch_size or (128 if device.type == "cuda" else 32),

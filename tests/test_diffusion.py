@@ -224,8 +224,7 @@ def test_sampling_options_without_a_meaning_are_value_errors(options):
 
 @pytest.mark.parametrize(("timesteps", "words"), [(1000, ""), (100, "alpha is 0.52")])
 def test_a_sampler_says_when_it_starts_where_the_network_expects_a_part_of_the_image(timesteps, words, capsys):
-    runtime = ddim_cifar.Runtime(torch.device("cpu"))
-    ddim_cifar.Sampler(torch.nn.Identity(), NoiseSchedule(timesteps), ddim_cifar.Config(), runtime)
+    ddim_cifar.Sampler(torch.nn.Identity(), NoiseSchedule(timesteps), ddim_cifar.Config(device="cpu"))
     said = "".join(capsys.readouterr())
     assert words in said and bool(said) == bool(words)
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from ddim_cifar import Runtime, ddim_encode, ddim_sample, ddim_timesteps, held_out_loss, load_model, to_float
+from ddim_cifar import Config, ddim_encode, ddim_sample, ddim_timesteps, held_out_loss, load_model, to_float
 
 WEIGHTS = Path(__file__).with_name("pretrained.pth")
 HELD_OUT_LOSS = 0.04561  # of the eight test images
@@ -40,7 +40,7 @@ def test_it_draws_the_stored_pictures(ddim, strip, tmp_path):
 
 def test_its_held_out_loss_is_the_stored_one(trained, strip):
     predictor, _ = trained
-    assert held_out_loss(predictor, strip[4:], Runtime(CPU)) == pytest.approx(HELD_OUT_LOSS, rel=1e-3)
+    assert held_out_loss(predictor, strip[4:], Config(device="cpu")) == pytest.approx(HELD_OUT_LOSS, rel=1e-3)
 
 
 def test_encoding_and_decoding_give_test_images_back(trained, strip):

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 import ddim_cifar
-from ddim_cifar import Config, NoisePredictor, NoiseSchedule, Runtime, Trainer, UNet, draw_shapes
+from ddim_cifar import Config, NoisePredictor, NoiseSchedule, Trainer, UNet, draw_shapes
 
 CPU = torch.device("cpu")
 SMALL = {"channels": 32, "channel_mults": (1, 1), "res_blocks": 1, "attn_resolutions": (16,), "batch_size": 2}
@@ -38,7 +38,7 @@ class Gain(nn.Module):
 
 
 def trainer_of(model, schedule=None, **settings):
-    return Trainer(model, schedule or NoiseSchedule(), Config(**settings), Runtime(CPU))
+    return Trainer(model, schedule or NoiseSchedule(), Config(device="cpu", **settings))
 
 
 def small_trainer(**settings):
@@ -140,7 +140,9 @@ def test_the_losses_of_the_best_network_for_gaussian_images_are_the_closed_form(
     loss = trainer.loss(*trainer.noisy_images(network.images(1000), 0)).mean().item()
     assert loss == pytest.approx(network.least_loss(schedule.alphas_cumprod), rel=5e-3)
 
-    loss = ddim_cifar.held_out_loss(NoisePredictor(network, schedule, predict), network.images(256), Runtime(CPU))
+    loss = ddim_cifar.held_out_loss(
+        NoisePredictor(network, schedule, predict), network.images(256), Config(device="cpu")
+    )
     assert loss == pytest.approx(network.least_loss(schedule.alphas_cumprod[torch.arange(256) * 1000 // 256]), rel=1e-2)
 
 
@@ -153,14 +155,16 @@ def test_the_held_out_loss_is_of_fixed_noise_and_of_32_to_256_images_fewer_being
     expected = pytest.approx(float((0.5 * x_t - eps).square().mean()), rel=1e-5)
     for seed in (0, 1):
         torch.manual_seed(seed)
-        assert ddim_cifar.held_out_loss(NoisePredictor(Gain(), schedule, "eps"), images, Runtime(CPU)) == expected
+        assert (
+            ddim_cifar.held_out_loss(NoisePredictor(Gain(), schedule, "eps"), images, Config(device="cpu")) == expected
+        )
 
 
 def test_the_held_out_loss_of_a_run_is_that_of_the_averaged_weights_without_dropout(ddim, tmp_path, read_log):
     ddim("--iterations", "3", "--lr", "1e-2", "--warmup", "0", "--dropout", "0.5", *ONE, *LIGHT)
     averaged, _ = ddim_cifar.load_model(tmp_path / "ddim_model_final.pth")
     _, held_out = ddim_cifar.load_images(Config(dataset=ddim.images))
-    loss = ddim_cifar.held_out_loss(averaged, held_out, Runtime(CPU))
+    loss = ddim_cifar.held_out_loss(averaged, held_out, Config(device="cpu"))
     assert float(read_log(tmp_path)[-1]["val_loss"]) == pytest.approx(loss, rel=1e-4)
 
 
@@ -328,7 +332,7 @@ def test_rows_of_several_steps_fetched_at_once_are_those_of_single_ones(ddim, tm
     clock(2)
     for every in (1, 3):  # the second fetches 3, 1, 2 and 2 steps
         with monkeypatch.context() as patch:
-            patch.setattr(Runtime, "fetch_every", every)
+            patch.setattr(Config, "fetch_every", every)
             in_step(patch, lambda n: math.nan if n == 3 else 1)
             result = ddim(*flags, out_dir=tmp_path / str(every))
             assert result.code == 0, result.err
@@ -343,7 +347,7 @@ def test_rows_of_several_steps_fetched_at_once_are_those_of_single_ones(ddim, tm
 
 @pytest.mark.parametrize(("bad", "code"), [({*range(16)} - {5, 10, 15}, 0), ({*range(4, 15)}, 1)])
 def test_ten_bad_steps_in_a_row_end_a_run_wherever_the_device_was_looked_at(ddim, monkeypatch, bad, code):
-    monkeypatch.setattr(Runtime, "fetch_every", 8)
+    monkeypatch.setattr(Config, "fetch_every", 8)
     in_step(monkeypatch, lambda n: math.nan if n in bad else 1)
     result = ddim("--iterations", "16", *ONE, *LIGHT)
     assert result.code == code and ("10 steps in a row" in result.err) == code
@@ -364,7 +368,7 @@ def test_an_error_in_a_step_saves_the_last_whole_one(ddim, tmp_path, load, read_
             raise error
         return 1
 
-    monkeypatch.setattr(Runtime, "fetch_every", every)
+    monkeypatch.setattr(Config, "fetch_every", every)
     in_step(monkeypatch, fail)
     result = ddim("--iterations", "6", *ONE, *LIGHT)
     assert result.code == 2 and "Traceback" not in result.err and words in result.err.splitlines()[-1]
