@@ -50,6 +50,7 @@ from tqdm import tqdm
 
 SIZE = 32  # image height and width in pixels
 HELD_OUT = 256  # images in the held-out loss
+READ_EVERY = {"cuda": 10}  # steps between reads of the loss, each of which synchronizes with a GPU; elsewhere 1
 
 # ---- Settings --------------------------------------------------------------------------------------------------------
 # Every field of Config is a flag: `epochs` is --epochs. The group of a field decides what a checkpoint passes on to a
@@ -146,19 +147,9 @@ class Config:
         return self.sample_steps[-1] if self.sample_steps else 10 if self.is_quick_test else 50
 
     @property
-    def compared_steps(self):
-        """Each S of the experiments that compare several."""
-        return self.sample_steps or (10, 20, 50, 100)
-
-    @property
     def folder(self):
         """The folder that all output goes to."""
         return Path(self.out_dir or ".").resolve()
-
-    @property
-    def fetch_every(self):
-        """Steps between reads of the loss, each of which synchronizes with a GPU."""
-        return 10 if self.device.startswith("cuda") else 1
 
     def autocast(self):
         """Return a context in which the network computes in --precision."""
@@ -719,7 +710,7 @@ def train(trainer, images, held_out, log):
             epoch, within_epoch = divmod(trainer.steps, config.iterations)
             periodic = within_epoch == 0 and epoch % config.save_every == 0
             run_ends = trainer.steps == config.total
-            if trainer.steps % config.fetch_every and not (periodic or run_ends):
+            if trainer.steps % READ_EVERY.get(trainer.device.type, 1) and not (periodic or run_ends):
                 continue
 
             # Log.
@@ -870,7 +861,7 @@ def compare_steps(sampler, name, columns, function, count, evaluations=1, conver
 
     columns: {label: images [count, 3, 32, 32]}, the originals if any. evaluations, convert: as in `compute`, per step.
     """
-    labels = {f"S={steps}": steps for steps in sampler.config.compared_steps}
+    labels = {f"S={steps}": steps for steps in sampler.config.sample_steps or (10, 20, 50, 100)}
     reference = next(iter(columns), [*labels][-1])
     for label, steps in labels.items():
         draw = functools.partial(function, steps=steps)
@@ -1105,11 +1096,6 @@ def open_cifar10(folder):
             f"CIFAR-10 is missing or damaged in {folder} and cannot be downloaded ({error}). Save {CIFAR10.url} "
             f"(md5 {CIFAR10.tgz_md5}) in that folder, or try --dataset synthetic"
         ) from error
-    finally:
-        socket.setdefaulttimeout(None)
-
-
-READABLE = Image.registered_extensions()  # {".png": "PNG", ...}
 
 
 def read_folder(folder):
@@ -1123,7 +1109,7 @@ def read_folder(folder):
         kind = path.suffix.lower()
         if path.name.startswith("ddim_"):  # drawn by this program
             return "named ddim_*"
-        if kind not in READABLE:
+        if kind not in Image.registered_extensions():
             return kind or "without an ending"
         try:
             return read_image(path)
@@ -1203,13 +1189,10 @@ def draw_grid(images, columns=None, column_labels=()):
 def save_grid(images, path, options=None, **layout):
     """Write a grid of images, in the format of the path's ending. images and layout are the arguments of draw_grid.
 
-    options: arguments of Pillow's save. Raises UserError if the ending names no image format, or writing fails.
+    options: arguments of Pillow's save. Raises ValueError if the ending names no image format.
     """
     path = Path(path)
-    kind = READABLE.get(path.suffix.lower())
-    if kind not in Image.SAVE:
-        raise UserError(f"cannot write {path}: its ending names no image format")
-    write_atomically(path, lambda file: draw_grid(images, **layout).save(file, kind, **(options or {})))
+    write_atomically(path, lambda file: draw_grid(images, **layout).save(file, **(options or {})))
     say(f"wrote {path}")
 
 
@@ -1258,7 +1241,7 @@ class Log:
     def fetch(self):
         """Read the results of the pending steps, which synchronizes with a GPU: a list of (step, loss, norm, rate)."""
         steps, losses, norms, rates = zip(*self.pending)
-        losses, norms = torch.stack([torch.stack(losses), torch.stack(norms)]).tolist()
+        losses, norms = torch.stack([*losses, *norms]).view(2, -1).tolist()
         self.seconds_each = (time.perf_counter() - self.began) / len(steps)
         self.pending = []
         return list(zip(steps, losses, norms, rates))
@@ -1464,7 +1447,7 @@ def write_atomically(path, write):
     """Call write(file), on rank 0. The file appears complete and on disk, or not at all."""
     if world.rank > 0:
         return
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{os.getpid()}-{path.name}")  # Pillow takes the format from the ending
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
@@ -1483,7 +1466,6 @@ def write_atomically(path, write):
 # ---- Weights from and for diffusers ----------------------------------------------------------------------------------
 
 PREDICTION_TYPES = {"v": "v_prediction", "eps": "epsilon"}  # diffusers' names
-WEIGHTS_NAME = "diffusion_pytorch_model"
 BETA_SCHEDULERS = ("DDPMScheduler", "DDIM", "PNDM", "DPMSolver", "Euler", "UniPC", "DEIS", "LMS")  # not flow matching
 
 # diffusers' defaults for keys that decide what a network computes, and that a file may lack.
@@ -1526,12 +1508,10 @@ def diffusers_configs(config):
 
 
 def published_files(folder):
-    """Return the weight files in a folder of diffusers: one, of any variant such as fp16, or all shards of one."""
-    patterns = (f"{WEIGHTS_NAME}.", f"{WEIGHTS_NAME}*-of-*.", f"{WEIGHTS_NAME}.*.")
-    for place, ending, pattern in itertools.product((folder / "unet", folder), ("safetensors", "bin"), patterns):
-        if files := sorted(place.glob(pattern + ending)):
-            shards = files[0].name.rsplit("-", 3)[0] + "-"  # of one variant
-            return [file for file in files if file.name.startswith(shards)] if "-of-" in pattern else files[:1]
+    """Return the weight files in a folder of diffusers: variants such as fp16 before the full one, or all shards."""
+    for place, ending in itertools.product((folder / "unet", folder), ("safetensors", "bin")):
+        if files := sorted(place.glob(f"diffusion_pytorch_model*.{ending}")):
+            return files
     return []
 
 
@@ -1585,14 +1565,13 @@ def export_weights(path, model, config):
         from safetensors.torch import save
 
         unet, scheduler = diffusers_configs(config).values()
-        index = {"unet": ["diffusers", "UNet2DModel"], "scheduler": ["diffusers", "DDIMScheduler"]}
-        index["_class_name"] = "DDIMPipeline"
+        parts = {"unet": ["diffusers", "UNet2DModel"], "scheduler": ["diffusers", "DDIMScheduler"]}
+        index = {"_class_name": "DDIMPipeline", **parts}
         files = {"model_index.json": index, "unet/config.json": unet, "scheduler/scheduler_config.json": scheduler}
-        for name, content in files.items():
-            text = json.dumps(content, indent=2).encode()
-            write_atomically(path / name, lambda file, text=text: file.write(text))
-        data = save(weights, {"format": "pt"})
-        write_atomically(path / "unet" / f"{WEIGHTS_NAME}.safetensors", lambda file: file.write(data))
+        files = {name: json.dumps(content, indent=2).encode() for name, content in files.items()}
+        files["unet/diffusion_pytorch_model.safetensors"] = save(weights, {"format": "pt"})
+        for name, data in files.items():
+            write_atomically(path / name, lambda file, data=data: file.write(data))
     say(f"wrote {path}")
 
 
@@ -1807,20 +1786,13 @@ def make_parser():
         if setting.type is bool:
             options["action"] = "store_true"
         else:
-            options.setdefault("type", {tuple: int, str: path_or_name}.get(setting.type, setting.type))
+            options.setdefault("type", {tuple: int, str: os.path.expanduser}.get(setting.type, setting.type))
             if "choices" not in options:
                 options.setdefault("metavar", "PATH" if setting.type is str else "N")
             if setting.default not in (None, ()):
                 options["help"] += f" [{spell(setting.default)}]"
         group(setting.metadata["group"]).add_argument(spell_flag(setting.name), **options)
     return parser
-
-
-def path_or_name(text):
-    """Return the value of a flag with ~ expanded. Rejects an empty value, as from an unset shell variable."""
-    if not text:
-        raise argparse.ArgumentTypeError("must not be empty")
-    return os.path.expanduser(text)
 
 
 def spell_flag(name):
@@ -1833,6 +1805,8 @@ def parse_args(argv):
     typed = vars(make_parser().parse_args(argv))
     typed.pop("local_rank", None)
     typed = {name: tuple(value) if isinstance(value, list) else value for name, value in typed.items()}
+    if empty := [name for name, value in typed.items() if value == ""]:  # as from an unset shell variable
+        raise UserError(f"{spell_flag(empty[0])}: must not be empty")
     training_only = sorted(typed.keys() & {*Config.names(LENGTH, RUN), "resume"} - {"dataset"})
     if "sample" in typed and training_only:
         raise UserError(f"--sample does not train, so it cannot be combined with {spell_flag(training_only[0])}")
@@ -1986,7 +1960,7 @@ def execute_training(config, checkpoint, model, schedule):
         raise UserError("the processes found different checkpoints; they must all see the same files")
     if world.rank == 0:
         make_room(config.folder, trainer.steps, own)
-        for leftover in config.folder.glob("ddim_*.[0-9]*.tmp"):  # of a run that was killed while it saved
+        for leftover in config.folder.glob(".[0-9]*-ddim_*"):  # of a run that was killed while it saved
             leftover.unlink(missing_ok=True)
 
     log = Log(config, trainer.steps, rows)

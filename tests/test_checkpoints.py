@@ -169,14 +169,14 @@ def test_weights_start_a_new_run(ddim, tmp_path, checkpoint, load):
 
 def test_runs_of_any_length_in_any_order_share_a_folder(ddim, tmp_path):
     """Set each aside for the next, but for quick tests, and leave what is nobody's run."""
-    (tmp_path / "ddim_notes.tmp").touch()
-    (tmp_path / "ddim_x.pth.123.tmp").touch()  # of a run that was killed while it saved
+    (tmp_path / ".ddim_notes").touch()
+    (tmp_path / ".123-ddim_x.pth").touch()  # of a run that was killed while it saved
     whole = []
     for epochs, iterations in ((1, 1), (1, 1), (2, 3), (10, 1), (1, 1)):
         result = ddim("--epochs", epochs, "--iterations", iterations, *FAST)
         assert result.code == 0, result.err
         whole.append(contents(tmp_path))
-    assert [path.name for path in tmp_path.glob("*.tmp")] == ["ddim_notes.tmp"]
+    assert sorted(path.name for path in tmp_path.glob(".*")) == [".ddim_lock", ".ddim_notes"]
     assert contents(tmp_path / "earlier-1") == whole[2] and contents(tmp_path / "earlier-2") == whole[3]
     assert sorted(path.name for path in tmp_path.glob("earlier*")) == ["earlier-1", "earlier-2"]
     assert str(tmp_path / "earlier-2") in result.out
@@ -325,7 +325,7 @@ def test_a_save_or_a_preview_that_fails_once_ends_no_training(ddim, tmp_path, mo
     (line,) = result.err.splitlines()
     assert result.code == 0 and name in line and "No space left" in line
     assert {"ddim_model_epoch_2.pth", "ddim_model_last.pth", "ddim_samples_epoch_2.png"} <= {*contents(tmp_path)}
-    assert not list(tmp_path.glob("*.tmp"))
+    assert not list(tmp_path.glob(".[0-9]*"))
 
 
 @pytest.mark.parametrize("fails", ["save_checkpoint", "held_out_loss"])
@@ -362,7 +362,7 @@ def test_a_file_is_on_disk_before_it_has_its_name_and_a_write_that_fails_damages
     assert done[:2] == ["fsync", "replace"]
     with pytest.raises(UserError, match=r"x: .*No space left"):
         ddim_cifar.write_atomically(tmp_path / "x", lambda file: (file.write(b"half of it"), full()))
-    assert (tmp_path / "x").read_text() == "text" and not list(tmp_path.glob("*.tmp"))
+    assert (tmp_path / "x").read_text() == "text" and not list(tmp_path.glob(".[0-9]*"))
 
 
 def close_output():
@@ -409,7 +409,7 @@ def test_a_run_stopped_at_random_moments_ends_as_if_left_alone(
     assert log_of(alone) == log_of(folder)
     losses = [[row["val_loss"] for row in read_log(path)] for path in (alone, folder)]
     assert losses[0] == losses[1]
-    assert not list(folder.glob("*.tmp")) and not (folder / "earlier-1").exists()
+    assert not list(folder.glob(".[0-9]*")) and not list(folder.glob("earlier-*/*.pth"))
 
 
 def test_paths_that_a_checkpoint_was_made_with_do_not_keep_it_from_loading(checkpoint, load, tmp_path):

@@ -270,7 +270,6 @@ def test_a_download_that_breaks_off_leaves_nothing_behind_and_the_error_says_wha
         advice = (CIFAR10.url, CIFAR10.tgz_md5, str(folder), "--dataset synthetic")
         assert result.code == 2 and all(words in line for words in advice), line
         assert {path.name for path in folder.rglob("*") if path.is_file()} <= before
-    assert socket.getdefaulttimeout() is None
 
 
 def test_nothing_is_downloaded_among_photographs(ddim, tmp_path, server):

@@ -12,7 +12,6 @@ import pytest
 import torch
 from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
 from PIL import Image
-from safetensors.torch import load_file, save_file
 from torch import nn
 
 import ddim_cifar
@@ -177,7 +176,7 @@ def test_the_name_of_a_grid_decides_its_format_and_floats_are_images(tmp_path):
         assert (tmp_path / name).read_bytes().startswith(begins)
     save_grid(to_uint8(images), str(tmp_path / "y.png"))
     assert largest(Image.open(tmp_path / "x.png"), Image.open(tmp_path / "y.png")) == 0
-    with pytest.raises(UserError, match=r"x\.txt"):
+    with pytest.raises(ValueError, match=r"\.txt"):
         save_grid(images, tmp_path / "x.txt")
 
 
@@ -390,19 +389,16 @@ def test_absent_keys_have_the_defaults_of_diffusers(publish, tmp_path):
             load_model(path)
 
 
-@pytest.mark.parametrize("form", ["fp16", "sharded", "sharded twice", "root", "prefixed", "old names"])
+@pytest.mark.parametrize("form", ["fp16", "sharded", "root", "prefixed", "old names"])
 def test_published_weights_are_found_in_each_form_in_which_they_are_published(publish, tmp_path, form):
     pipeline, folder = publish(), tmp_path / "x"
     unet, path = pipeline.unet, folder
     if form == "fp16":
         unet.half().save_pretrained(folder / "unet", variant="fp16")
         unet.float()
-    elif "sharded" in form:
+    elif form == "sharded":
         unet.save_pretrained(folder / "unet", max_shard_size="1MB")
         assert len(list(folder.glob("unet/*.safetensors"))) > 1
-        for file in folder.glob("unet/*-of-*") if "twice" in form else ():
-            other = {name: value + 1 for name, value in load_file(file).items()}
-            save_file(other, file.with_name(file.name.replace("model-", "model.other-")))
     else:
         unet.save_pretrained(folder)
     if form in ("prefixed", "old names"):

@@ -332,7 +332,7 @@ def test_rows_of_several_steps_fetched_at_once_are_those_of_single_ones(ddim, tm
     clock(2)
     for every in (1, 3):  # the second fetches 3, 1, 2 and 2 steps
         with monkeypatch.context() as patch:
-            patch.setattr(Config, "fetch_every", every)
+            patch.setitem(ddim_cifar.READ_EVERY, "cpu", every)
             in_step(patch, lambda n: math.nan if n == 3 else 1)
             result = ddim(*flags, out_dir=tmp_path / str(every))
             assert result.code == 0, result.err
@@ -347,7 +347,7 @@ def test_rows_of_several_steps_fetched_at_once_are_those_of_single_ones(ddim, tm
 
 @pytest.mark.parametrize(("bad", "code"), [({*range(16)} - {5, 10, 15}, 0), ({*range(4, 15)}, 1)])
 def test_ten_bad_steps_in_a_row_end_a_run_wherever_the_device_was_looked_at(ddim, monkeypatch, bad, code):
-    monkeypatch.setattr(Config, "fetch_every", 8)
+    monkeypatch.setitem(ddim_cifar.READ_EVERY, "cpu", 8)
     in_step(monkeypatch, lambda n: math.nan if n in bad else 1)
     result = ddim("--iterations", "16", *ONE, *LIGHT)
     assert result.code == code and ("10 steps in a row" in result.err) == code
@@ -368,7 +368,7 @@ def test_an_error_in_a_step_saves_the_last_whole_one(ddim, tmp_path, load, read_
             raise error
         return 1
 
-    monkeypatch.setattr(Config, "fetch_every", every)
+    monkeypatch.setitem(ddim_cifar.READ_EVERY, "cpu", every)
     in_step(monkeypatch, fail)
     result = ddim("--iterations", "6", *ONE, *LIGHT)
     assert result.code == 2 and "Traceback" not in result.err and words in result.err.splitlines()[-1]
