@@ -587,12 +587,8 @@ class Trainer:
     """The training state, as stored in a checkpoint: weights, EMA weights, optimizer moments and step count."""
 
     def __init__(self, model, schedule, config, images_crc32=None):
-        self.model, self.schedule, self.config, self.device = (
-            model.train(),
-            schedule,
-            config,
-            torch.device(config.device),
-        )
+        self.model, self.schedule, self.config = model.train(), schedule, config
+        self.device = torch.device(config.device)
         self.images_crc32 = images_crc32  # of the training images: a resumed run compares it
         self.steps, self.is_whole = 0, True  # is_whole is False while a step changes the weights
         self.optimizers = make_optimizers(model, config.optimizer, config.lr)
@@ -684,7 +680,7 @@ class Trainer:
 @torch.no_grad()
 def held_out_loss(predictor, images, config):
     """Return the loss on held-out images with fixed eps and stratified t. It is less noisy than the training loss."""
-    schedule, device = predictor.schedule, torch.device(config.device)
+    schedule, device = predictor.schedule, config.device
     count = max(32, min(HELD_OUT, len(images)))  # fewer images are repeated, to cover at least 32 values of t
     x_0 = to_float(images[torch.arange(count) % len(images)].to(device))
     t = torch.arange(len(x_0), device=device) * schedule.timesteps // len(x_0)
@@ -720,15 +716,14 @@ def train(trainer, images, held_out, log):
             log.write(rows, val_loss)
 
             # Save and show.
-            if periodic:
-                with forgiving():
+            with forgiving():
+                if periodic:
                     save_checkpoint(config.folder / f"ddim_model_epoch_{epoch}.pth", trainer)
+                if not run_ends and time.perf_counter() - saved_at >= 60 * config.save_minutes:
+                    saved_at = time.perf_counter()
+                    save_checkpoint(config.folder / "ddim_model_last.pth", trainer)
             if run_ends:
                 save_checkpoint(config.folder / "ddim_model_final.pth", trainer)
-            elif time.perf_counter() - saved_at >= 60 * config.save_minutes:
-                with forgiving():
-                    save_checkpoint(config.folder / "ddim_model_last.pth", trainer)
-                saved_at = time.perf_counter()
             if periodic:
                 with forgiving():
                     sampler = Sampler(trainer.ema, trainer.schedule, config)
@@ -745,16 +740,11 @@ class Sampler:
     """Draw images by index. Image i depends only on (seed, i), not on the batch it is drawn in."""
 
     def __init__(self, model, schedule, config, evaluations=0):
-        self.model, self.schedule, self.config, self.device = (
-            model.eval(),
-            schedule,
-            config,
-            torch.device(config.device),
-        )
+        self.model, self.schedule, self.config = model.eval(), schedule, config
         network = compiled(model, config, evaluations)
         self.is_compiled = network is not model
         self.predictor = NoisePredictor(network, schedule, config.predict)
-        self.chunk_size = config.micro_batch or (256 if self.device.type == "cuda" else 32)
+        self.chunk_size = config.micro_batch or (256 if config.device.startswith("cuda") else 32)
         self.bar = tqdm(disable=True)
         # x_T is pure noise, but at an alpha well above 0 the network expects some signal.
         first = self.tau(config.steps)[-1]
@@ -770,7 +760,7 @@ class Sampler:
     def normal(self, generators):
         """Return standard normal float32 [N, 3, 32, 32], one image from each generator."""
         x = np.stack([generator.standard_normal((3, SIZE, SIZE), dtype=np.float32) for generator in generators])
-        return torch.from_numpy(x).to(self.device, memory_format=torch.channels_last)
+        return torch.from_numpy(x).to(self.config.device, memory_format=torch.channels_last)
 
     def x_T(self, indices):
         """Return the starting noise of these images."""
@@ -843,7 +833,7 @@ def reconstruction(sampler, test_images):
     originals = to_float(test_images[: sampler.config.num_samples])
 
     def encode_and_decode(indices, steps):
-        x_0 = originals[indices].to(sampler.device, memory_format=torch.channels_last)
+        x_0 = originals[indices].to(sampler.config.device, memory_format=torch.channels_last)
         x_T = ddim_encode(sampler.eps, x_0, sampler.schedule, sampler.tau(steps))
         return sampler.sample(indices, steps, x_T)
 
@@ -973,9 +963,9 @@ def make_optimizers(model, name, lr):
 def load_optimizers(optimizers, states):
     """Load optimizer state, but keep the hyperparameters of make_optimizers, which may have been edited."""
     for optimizer, state in zip(optimizers, states, strict=True):
-        groups = zip(optimizer.param_groups, state["param_groups"], strict=True)
-        groups = [{**group, "params": saved["params"]} for group, saved in groups]
-        optimizer.load_state_dict({**state, "param_groups": groups})
+        groups = optimizer.param_groups
+        optimizer.load_state_dict(state)
+        optimizer.param_groups = groups
 
 
 class GroupNorm(nn.GroupNorm):
