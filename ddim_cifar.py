@@ -1314,7 +1314,7 @@ def load_checkpoint(path, device):
     Returns a dict of path, format, config, step, model, ema and optimizer; for weights alone, of path, format, config
     and ema. Raises UserError for anything else.
     """
-    path = Path(path).expanduser()
+    path = Path(path)
     files = [file for _, file in runs_in(path)] or [path]
     for file in files:
         try:
@@ -1328,25 +1328,24 @@ def load_checkpoint(path, device):
 
 def read_checkpoint(path, device):
     """Read and validate one file, or a folder of published weights: see load_checkpoint."""
-    files = published_files(path) if path.is_dir() else [path]
-    if not files or not path.exists():
-        raise UserError(f"checkpoint {path}: " + ("no weights in this folder" if path.exists() else "no such file"))
     try:
+        # A folder of diffusers may hold variants such as fp16, which are read before the full one, or shards.
+        folder = path / "unet" if (path / "unet").is_dir() else path
+        published = [sorted(folder.glob(f"diffusion_pytorch_model*.{ending}")) for ending in ("safetensors", "bin")]
+        files = (published[0] or published[1]) if path.is_dir() else [path]
+        if not files:
+            raise FileNotFoundError("no weights in this folder")
         checkpoint = {}
         for file in files:
             checkpoint |= read_tensors(file, device)
-        if any(name.endswith("conv_in.weight") for name in checkpoint):
-            checkpoint = from_published(checkpoint, files[0].parent)
+        if "conv_in.weight" in checkpoint:
+            checkpoint = from_published(checkpoint, file.parent)
         if checkpoint.get("format") != FORMAT:
-            raise ValueError(f"not a checkpoint of format {FORMAT}; its keys are {spell([*checkpoint][:3])} ...")
+            raise ValueError(f"not a checkpoint of format {FORMAT}")
         checkpoint["ema"] = {name: value.float() for name, value in checkpoint["ema"].items()}
 
-        # Check the settings against this program, and the weights against the settings. Paths are left out, because
-        # they were those of the command that wrote the checkpoint.
-        saved = checkpoint["config"].items()
-        config = Config(**{name: value for name, value in saved if name not in Config.names(FILES)})
-        check(config)
-        int(checkpoint.get("step", 0))
+        # Check the settings against this program, and the weights against the settings.
+        config = Config(**checkpoint["config"])
         for name, value in facts(config).items():
             if name != "config" and not np.allclose(checkpoint.get(name, value), value, rtol=1e-9, atol=0):
                 raise ValueError(f"it was trained with another {name} than this program has")
@@ -1387,12 +1386,10 @@ def load_model(path, device="cpu"):
 def runs_in(folder):
     """Return (steps, path) of the checkpoints in a folder, furthest first. Unreadable ones count as furthest."""
     runs = []
-    for path in sorted(folder.glob("ddim_model_*.pth")):
+    for path in folder.glob("ddim_model_*.pth"):
         steps = math.inf  # load_checkpoint says what is wrong
-        for mmap in (True, False):  # not every file system can map files
-            with contextlib.suppress(Exception):
-                steps = int(torch.load(path, map_location="meta", mmap=mmap, weights_only=True).get("step", 0))
-                break
+        with contextlib.suppress(Exception):
+            steps = int(torch.load(path, map_location="meta", weights_only=True).get("step", 0))
         runs.append((steps, path))
     return sorted(runs, reverse=True)
 
@@ -1446,8 +1443,7 @@ def write_atomically(path, write):
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch.save wraps the error of a full disk
-        cause = error.__context__ if isinstance(error, RuntimeError) else error
-        raise UserError(f"cannot write {path.resolve()}: {cause or error}") from error
+        raise UserError(f"cannot write {path.resolve()}: {error.__context__ or error}") from error
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
@@ -1456,7 +1452,6 @@ def write_atomically(path, write):
 # ---- Weights from and for diffusers ----------------------------------------------------------------------------------
 
 PREDICTION_TYPES = {"v": "v_prediction", "eps": "epsilon"}  # diffusers' names
-BETA_SCHEDULERS = ("DDPMScheduler", "DDIM", "PNDM", "DPMSolver", "Euler", "UniPC", "DEIS", "LMS")  # not flow matching
 
 # diffusers' defaults for keys that decide what a network computes, and that a file may lack.
 DEFAULTS = json.loads("""{
@@ -1497,32 +1492,20 @@ def diffusers_configs(config):
     return {"config.json": unet, "scheduler_config.json": scheduler}
 
 
-def published_files(folder):
-    """Return the weight files in a folder of diffusers: variants such as fp16 before the full one, or all shards."""
-    for place, ending in itertools.product((folder / "unet", folder), ("safetensors", "bin")):
-        if files := sorted(place.glob(f"diffusion_pytorch_model*.{ending}")):
-            return files
-    return []
-
-
 def from_published(weights, folder):
     """Convert a diffusers state dict (old or new key names) from this folder to a checkpoint, without a step.
 
     The network settings come from config.json in this folder, if any. Raises ValueError if it or scheduler_config.json
-    describes something that this program does not implement.
+    describes something that this program does not implement. Without scheduler_config.json, it assumes DDPM's.
     """
     renamed = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
-    renamed |= {"module.": "", "_orig_mod.": ""}
     for old, new in renamed.items():
         weights = {name.replace(old, new): value for name, value in weights.items()}
 
     places = [folder.absolute().parent / "scheduler", folder / "scheduler", folder]
     found = {path.name: json.loads(path.read_text()) for place in places for path in place.glob("*config.json")}
-    scheduler = found.get("scheduler_config.json", {})
-    predictions = {prediction_type: predict for predict, prediction_type in PREDICTION_TYPES.items()}
-    settings = {"predict": predictions.get(scheduler.get("prediction_type"), "eps")}
-    if not scheduler.get("_class_name", "DDPMScheduler").startswith(BETA_SCHEDULERS):
-        raise ValueError(f"its scheduler is {scheduler['_class_name']}, which has no betas")
+    scheduler = found.setdefault("scheduler_config.json", {})
+    settings = {"predict": "v" if scheduler.get("prediction_type") == "v_prediction" else "eps"}
     if unet := found.get("config.json"):
         widths, kinds = unet["block_out_channels"], unet["down_block_types"]
         settings["channels"], settings["channel_mults"] = widths[0], tuple(width // widths[0] for width in widths)
@@ -1531,12 +1514,9 @@ def from_published(weights, folder):
 
     # Compare every key with what this program would write there.
     ours = diffusers_configs(Config(**settings))
-    for file, defaults in DEFAULTS.items():
-        if file not in found:
-            say(f"note: no {file} beside the weights: assuming DDPM's")
-            found[file] = {} if file == "scheduler_config.json" else ours[file]
-        for key in sorted({*defaults, *ours[file]} - {"_class_name", "dropout", "clip_sample"}):
-            value, expected = ({**defaults, **values}.get(key) for values in (found[file], ours[file]))
+    for file in sorted(DEFAULTS.keys() & found.keys()):
+        for key in sorted({*DEFAULTS[file], *ours[file]} - {"_class_name", "dropout", "clip_sample"}):
+            value, expected = ({**DEFAULTS[file], **values}.get(key) for values in (found[file], ours[file]))
             if value != expected:
                 raise ValueError(f"its {file} has {key} = {value!s:.60}, but this program computes {expected!s:.60}")
     return {"format": FORMAT, "config": settings, "ema": weights}

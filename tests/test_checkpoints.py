@@ -116,19 +116,8 @@ def test_the_log_goes_on_behind_the_checkpoint_whatever_was_left_of_it(ddim, tmp
     assert seconds == sorted(seconds)
 
 
-@pytest.mark.parametrize("maps_files", [True, False])
-def test_a_folder_is_its_furthest_checkpoint_whatever_names_and_dates_say(
-    tmp_path, checkpoint, write, capfd, monkeypatch, maps_files
-):
+def test_a_folder_is_its_furthest_checkpoint_whatever_names_and_dates_say(tmp_path, checkpoint, write, capfd):
     """Pass over a damaged one and one cut short with a warning, and weights alone in silence."""
-    read = torch.load
-
-    def on_this_file_system(*rest, mmap=False, **options):
-        if mmap and not maps_files:
-            raise RuntimeError("unable to mmap")
-        return read(*rest, mmap=mmap, **options)
-
-    monkeypatch.setattr(torch, "load", on_this_file_system)
     for name, step in {"last": 1, "epoch_1": 3, "final": 20, "epoch_8": 98, "epoch_9": 99}.items():
         write(tmp_path / f"ddim_model_{name}.pth", step=step)
     os.utime(tmp_path / "ddim_model_epoch_1.pth", (2e9, 2e9))  # as after cp, zip or git
@@ -283,11 +272,8 @@ def test_code_in_a_file_is_not_run(ddim, tmp_path, write):
     [
         *[(name, None, name) for name in ("format", "config", "model", "ema", "optimizer")],
         *[("format", number, "format") for number in (1, 2, 4, "x")],
-        ("step", "many", ""),
         ("config/channels", 48, "48"),
         ("config/unheard_of", 1, "unheard_of"),
-        ("config/tau", "cubic", "--tau"),
-        ("config/sample_steps", (0,), "--sample-steps"),
         ("config/channels", 64, "size mismatch"),
         ("model/more", torch.zeros(1), "more"),
         ("optimizer", [], ""),
@@ -411,10 +397,3 @@ def test_a_run_stopped_at_random_moments_ends_as_if_left_alone(
     assert losses[0] == losses[1]
     assert not list(folder.glob(".[0-9]*")) and not list(folder.glob("earlier-*/*.pth"))
 
-
-def test_paths_that_a_checkpoint_was_made_with_do_not_keep_it_from_loading(checkpoint, load, tmp_path):
-    """Load a checkpoint whose --export is by now the current folder, and whose settings name no file that exists."""
-    content = load(checkpoint)
-    content["config"] |= {"export": str(Path.cwd()), "export_weights": "a.b", "resume": "gone.pth"}
-    torch.save(content, tmp_path / "x.pth")
-    assert ddim_cifar.load_checkpoint(tmp_path / "x.pth", "cpu")["step"] == content["step"]

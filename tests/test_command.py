@@ -124,7 +124,7 @@ def test_a_compiled_network_trains_as_the_network_itself_and_resumes_to_the_bit(
 @pytest.mark.parametrize(
     "flags, words",
     [
-        ("--resume {}/none.pth", ["none.pth", "no such file"]),
+        ("--resume {}/none.pth", ["none.pth", "No such file"]),
         ("--sample {}", ["{}"]),
         ("--out-dir {}/file/out", ["file/out"]),
         ("--out-dir /proc/sys", ["/proc/sys"]),  # a folder that exists and takes no files
