@@ -709,11 +709,8 @@ def train(trainer, images, held_out, log):
             if trainer.steps % READ_EVERY.get(trainer.device.type, 1) and not (periodic or run_ends):
                 continue
 
-            # Log.
-            rows, val_loss = log.fetch(), None
-            if (periodic or run_ends) and not config.is_quick_test:
-                val_loss = held_out_loss(averaged, held_out, config)
-            log.write(rows, val_loss)
+            validates = (periodic or run_ends) and not config.is_quick_test
+            log.write(functools.partial(held_out_loss, averaged, held_out, config) if validates else None)
 
             # Save and show.
             with forgiving():
@@ -1223,26 +1220,26 @@ class Log:
         write_atomically(self.path, lambda file: file.write(text.encode()))
 
     def timed(self, step, images):
-        """Take a step, timed together with the other pending ones. `fetch` reads the results later."""
+        """Take a step, timed together with the other pending ones. `write` reads the results later."""
         if not self.pending:
             self.began = time.perf_counter()
         self.pending.append(step(images))
 
-    def fetch(self):
-        """Read the results of the pending steps, which synchronizes with a GPU: a list of (step, loss, norm, rate)."""
+    def write(self, validate=None):
+        """Read the results of the pending steps, which synchronizes with a GPU, and write a row for each.
+
+        validate: callable () -> held-out loss of the last one. Raises UserError after ten bad steps in a row.
+        """
         steps, losses, norms, rates = zip(*self.pending)
         losses, norms = torch.stack([*losses, *norms]).view(2, -1).tolist()
-        self.seconds_each = (time.perf_counter() - self.began) / len(steps)
+        seconds_each = (time.perf_counter() - self.began) / len(steps)
+        images_per_s = self.config.batch_size / seconds_each
         self.pending = []
-        return list(zip(steps, losses, norms, rates))
-
-    def write(self, rows, val_loss):
-        """Write the rows of these steps, val_loss in the last. Raises UserError after ten bad steps in a row."""
-        images_per_s = self.config.batch_size / self.seconds_each
-        for step, loss, grad_norm, lr in rows:
-            self.seconds += self.seconds_each
+        val_loss = validate() if validate else None
+        for step, loss, grad_norm, lr in zip(steps, losses, norms, rates):
+            self.seconds += seconds_each
             epoch = (step - 1) // self.config.iterations + 1
-            shown = "" if val_loss is None or step < rows[-1][0] else f"{val_loss:.7g}"
+            shown = f"{val_loss:.7g}" if validate and step == steps[-1] else ""
             self.unwritten += self.layout.format(step, epoch, loss, shown, lr, grad_norm, images_per_s, self.seconds)
             if not math.isfinite(loss + grad_norm):
                 self.skipped += 1
@@ -1261,8 +1258,8 @@ class Log:
         text = f"loss {np.mean(self.losses or [math.nan]):.4f}, {images_per_s:,.1f} images/s"
         text += f", {self.skipped} bad steps skipped" if self.skipped else ""
         self.bar.set_postfix_str(text, refresh=False)
-        self.bar.update(len(rows))
-        if val_loss is not None:
+        self.bar.update(len(steps))
+        if validate:
             say(f"step {step:,} (epoch {epoch}): held-out loss {val_loss:.4f}, {text}")
         if self.bad_in_a_row >= 10:
             raise UserError("the loss or gradient of 10 steps in a row was not finite; try a lower --lr", code=1)
@@ -1642,7 +1639,7 @@ def rescued(trainer, log):
             if trainer.is_whole and trainer.steps > first:
                 save_checkpoint(config.folder / "ddim_model_last.pth", trainer)
             if log.pending:
-                log.write(log.fetch(), val_loss=None)
+                log.write()
             if runs_in(config.folder):
                 words = [sys.argv[0], *config.argv, "--resume", str(config.folder)]  # of two --resume, the last counts
                 say(f"to go on: {'torchrun ...' if world.size > 1 else 'python'} {shlex.join(words)}", sys.stderr)
