@@ -700,7 +700,7 @@ def train(trainer, images, held_out, log):
     config = trainer.config
     averaged = NoisePredictor(trainer.ema, trainer.schedule, config.predict)
     saved_at = time.perf_counter()
-    with log.bar, signals_noted() as signals, rescued(trainer, log):
+    with log.bar, rescued(trainer, log) as signals:
         for indices in batches(len(images), config.batch_size, config.seed, trainer.steps, config.total):
             log.timed(trainer.step, images[indices])
             epoch, within_epoch = divmod(trainer.steps, config.iterations)
@@ -1596,28 +1596,6 @@ class UserError(Exception):
 
 
 @contextlib.contextmanager
-def signals_noted():
-    """Record signals as {signal: time} instead of exiting. A Ctrl-C over a second after the first exits at once."""
-    noted, before = {}, {}
-
-    def note(signum, frame):
-        noted.setdefault(signum, time.monotonic())
-        if signum == signal.SIGINT and time.monotonic() > min(noted.values()) + 1:
-            raise KeyboardInterrupt
-
-    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU"):  # batch systems send the last three
-        signum = getattr(signal, name, None)  # Windows has only the first two
-        if signum and signal.getsignal(signum) is not signal.SIG_IGN:  # nohup ignores SIGHUP
-            with contextlib.suppress(ValueError):  # only the main thread may set handlers
-                before[signum] = signal.signal(signum, note)
-    try:
-        yield noted
-    finally:
-        for signum, handler in before.items():
-            signal.signal(signum, handler)
-
-
-@contextlib.contextmanager
 def forgiving():
     """Turn an error in this block into a warning, said once, because training is worth more than one file."""
     try:
@@ -1630,10 +1608,25 @@ def forgiving():
 
 @contextlib.contextmanager
 def rescued(trainer, log):
-    """On an error or signal in this block, save the last complete step and the log, and print the resume command."""
+    """Note signals as {signal: time}, which is yielded. A Ctrl-C over a second after the first exits at once.
+
+    On an error or SystemExit in this block, save the last complete step and the log, and print the resume command.
+    """
     first, config = trainer.steps, trainer.config
+    noted, before = {}, {}
+
+    def note(signum, frame):
+        noted.setdefault(signum, time.monotonic())
+        if signum == signal.SIGINT and time.monotonic() > min(noted.values()) + 1:
+            raise KeyboardInterrupt
+
+    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGXCPU"):  # batch systems send the last two
+        signum = getattr(signal, name, None)  # Windows has only the first two
+        if signum and signal.getsignal(signum) is not signal.SIG_IGN:  # nohup ignores SIGHUP
+            with contextlib.suppress(ValueError):  # only the main thread may set handlers
+                before[signum] = signal.signal(signum, note)
     try:
-        yield
+        yield noted
     except (Exception, SystemExit):
         with forgiving():
             if trainer.is_whole and trainer.steps > first:
@@ -1644,6 +1637,9 @@ def rescued(trainer, log):
                 words = [sys.argv[0], *config.argv, "--resume", str(config.folder)]  # of two --resume, the last counts
                 say(f"to go on: {'torchrun ...' if world.size > 1 else 'python'} {shlex.join(words)}", sys.stderr)
         raise
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
 
 
 def lock(folder):
