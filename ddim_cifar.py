@@ -1667,9 +1667,9 @@ class Unbroken(io.FileIO):
             return len(data)
 
 
-def say(text, file=None, everywhere=False):
-    """Print a line above the progress bar, from rank 0 or from every process."""
-    if world.rank == 0 or everywhere:
+def say(text, file=None):
+    """Print a line above the progress bar, from rank 0."""
+    if world.rank == 0:
         (tqdm.write if sys.stderr.isatty() else print)(text, file=file)
 
 
@@ -1740,9 +1740,6 @@ def make_parser():
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
     )
-    parser.add_argument(
-        "--local-rank", help=argparse.SUPPRESS
-    )  # of torch.distributed.launch, which sets LOCAL_RANK, too
     group = functools.cache(parser.add_argument_group)
     for setting in fields(Config):
         options = {name: value for name, value in setting.metadata.items() if name not in ("group", "least", "most")}
@@ -1766,10 +1763,7 @@ def spell_flag(name):
 def parse_args(argv):
     """Return the Config of a command line, completed from the checkpoint it names, and that checkpoint or {}."""
     typed = vars(make_parser().parse_args(argv))
-    typed.pop("local_rank", None)
     typed = {name: tuple(value) if isinstance(value, list) else value for name, value in typed.items()}
-    if empty := [name for name, value in typed.items() if value == ""]:  # as from an unset shell variable
-        raise UserError(f"{spell_flag(empty[0])}: must not be empty")
     training_only = sorted(typed.keys() & {*Config.names(LENGTH, RUN), "resume"} - {"dataset"})
     if "sample" in typed and training_only:
         raise UserError(f"--sample does not train, so it cannot be combined with {spell_flag(training_only[0])}")
@@ -1826,14 +1820,11 @@ def check(config):
             if "least" in limits and item is not None and not least <= item <= most:
                 allowed = f"in {least}..{most}" if "most" in limits else f"at least {least}"
                 raise UserError(f"{spell_flag(setting.name)} {item}: must be {allowed}")
-            if item not in limits.get("choices", [item]):  # from a checkpoint; argparse checks typed ones
-                raise UserError(f"{spell_flag(setting.name)} {item}: must be one of {spell(limits['choices'])}")
     try:
         with torch.device("meta"):
             UNet(**config.of(UNET))
     except ValueError as error:  # begins with the name of the argument
-        name, _, rest = str(error).partition(" ")
-        raise UserError(f"{spell_flag(name)} {rest}") from error
+        raise UserError(spell_flag(str(error))) from error
 
     # Sampling and experiments.
     timesteps = NoiseSchedule(**config.of(SCHEDULE)).timesteps
@@ -1842,24 +1833,19 @@ def check(config):
         raise UserError(f"--sample-steps {steps}: must be at most {timesteps}")
     if config.eta > 0 and config.order == 2:
         raise UserError(f"--order 2: needs --eta 0, not {config.eta}")
-    if "reconstruction" in config.experiments and config.of(SAMPLER) != (defaults := Config().of(SAMPLER)):
-        flags = spell([spell_flag(name) for name in defaults])
-        raise UserError(f"--experiments reconstruction: needs the defaults of {flags}, which ddim_encode inverts")
+    if "reconstruction" in config.experiments and config.of(SAMPLER) != Config().of(SAMPLER):
+        raise UserError("--experiments reconstruction: needs the default sampler (--eta 0 --order 1), which it inverts")
 
     # Files.
     for name, ending in (("export", ".npz"), ("export_weights", ".pth")):
-        path = Path(getattr(config, name) or f"x{ending}")
-        if not path.name or path.suffix not in ("", ending):
+        path = getattr(config, name)
+        if path and Path(path).suffix not in ("", ending):
             raise UserError(f"{spell_flag(name)} {path}: must be NAME{ending} or a folder, whose name has no dot")
-    places = (config.folder, Path.cwd())  # which must not be set aside
-    if config.export and any(place.is_relative_to(Path(config.export).resolve()) for place in places):
-        raise UserError(f"--export {config.export}: must be a folder of its own")
+    if config.export and config.folder.is_relative_to(Path(config.export).resolve()):
+        raise UserError(f"--export {config.export}: must be a folder of its own")  # because it is set aside
     is_known = config.channel_mults[0] == 1 and config.predict in PREDICTION_TYPES and len(Config.names(UNET)) == 4
-    for_diffusers = config.export_weights and not config.export_weights.endswith(".pth")
-    if for_diffusers and not is_known:
+    if config.export_weights and not config.export_weights.endswith(".pth") and not is_known:
         raise UserError("--export-weights: diffusers has no such network or prediction; write NAME.pth instead")
-    if for_diffusers and not importlib.util.find_spec("safetensors"):
-        raise UserError("--export-weights FOLDER: needs `pip install safetensors`")
 
 
 def execute(config, checkpoint):
@@ -1891,9 +1877,8 @@ def execute(config, checkpoint):
         export_weights(Path(config.export_weights).resolve(), model, config)
 
     # Suggest what to do next.
-    if not (config.experiments or config.export or config.export_weights):
-        words = [sys.argv[0], "--sample", config.sample or str(config.folder), "--seed", str(config.seed)]
-        say(f"next: python {shlex.join(words)} --experiments trajectory interpolation")
+    words = [sys.argv[0], "--sample", config.sample or str(config.folder), "--seed", str(config.seed)]
+    say(f"next: python {shlex.join(words)} --experiments trajectory interpolation")
 
 
 def execute_training(config, checkpoint, model, schedule):
@@ -1948,26 +1933,25 @@ def main(argv=None):
         return finished.code
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
-    except UserError as error:  # all processes meet it, so one of each machine reports it
-        say(f"ddim_cifar.py: error: {error}", sys.stderr, everywhere=world.local_rank == 0)
-        return error.code
     except Exception as error:
-        code, text = 2, str(error)
+        code, text = getattr(error, "code", 2), str(error)
+        if isinstance(error, UserError) and world.local_rank > 0:
+            return code  # all processes meet it, so one of each machine reports it
         if isinstance(error, MemoryError) or "out of memory" in text:
             text = "out of memory; a smaller --micro-batch gives the same result with less memory"
         elif isinstance(error, dist.DistBackendError) or (world.size > 1 and "gloo" in text):
             code, text = 1, f"another process was lost: {text}"
-        elif not isinstance(error, OSError):
+        elif not isinstance(error, UserError | OSError):
             frame = traceback.extract_tb(error.__traceback__)[-1]
             text = f"{type(error).__name__} in {frame.filename}, line {frame.lineno}: {text}"
-        say(f"ddim_cifar.py: error: {' '.join(text.split())}", sys.stderr, everywhere=True)
+        print(f"ddim_cifar.py: error: {' '.join(text.split())}", file=sys.stderr)
         return code
 
 
 if __name__ == "__main__":
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)  # None if it was closed, as by >&-
-        number, encoding = (stream.fileno(), stream.encoding) if stream else (os.open(os.devnull, os.O_WRONLY), "utf-8")
-        buffer = io.BufferedWriter(Unbroken(number, "w", closefd=False))
-        setattr(sys, name, io.TextIOWrapper(buffer, encoding, errors="replace", line_buffering=True))
+        stream = stream or os.fdopen(os.open(os.devnull, os.O_WRONLY), "w", closefd=False)
+        buffer = io.BufferedWriter(Unbroken(stream.fileno(), "w", closefd=False))
+        setattr(sys, name, io.TextIOWrapper(buffer, stream.encoding, errors="replace", line_buffering=True))
     sys.exit(main())

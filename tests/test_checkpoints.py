@@ -396,4 +396,3 @@ def test_a_run_stopped_at_random_moments_ends_as_if_left_alone(
     losses = [[row["val_loss"] for row in read_log(path)] for path in (alone, folder)]
     assert losses[0] == losses[1]
     assert not list(folder.glob(".[0-9]*")) and not list(folder.glob("earlier-*/*.pth"))
-

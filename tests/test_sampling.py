@@ -38,7 +38,7 @@ def export(ddim, checkpoint, tmp_path):
 
     def run(name, *flags, path=checkpoint):
         result = ddim("--sample", path, *FAST, "--export", tmp_path / name, *flags, flags=ddim.device)
-        assert result.code == 0 and "next:" not in result.out, result.err
+        assert result.code == 0, result.err
         return read(tmp_path / name)
 
     return run
