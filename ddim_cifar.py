@@ -44,7 +44,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import Image, ImageCms, ImageDraw, ImageOps
+from PIL import Image, ImageDraw, ImageOps
 from torch import nn
 from tqdm import tqdm
 
@@ -778,7 +778,7 @@ class Sampler:
 def save_samples(sampler, path, count, export=None):
     """Draw images 0..count-1. Write the first 256 as a grid to `path`, and all to `export` (see save_images)."""
     steps = sampler.config.steps
-    images = compute(sampler, count, functools.partial(sampler.sample, steps=steps), steps, "sampling", to_uint8)
+    images = to_uint8(compute(sampler, count, functools.partial(sampler.sample, steps=steps), steps, "sampling"))
     if export:
         save_images(images, Path(export).resolve())
     save_grid(images[:256], path)
@@ -798,15 +798,15 @@ def trajectory(sampler, _):
         sampler.sample(indices, steps, seen[0], on_step=lambda t, x_0: seen.append(x_0))
         return torch.stack(seen, dim=1)
 
-    films = compute(sampler, count, frames, steps, "trajectory", to_uint8)  # [count, 1 + steps, 3, 32, 32]
+    films = compute(sampler, count, frames, steps, "trajectory")  # [count, 1 + steps, 3, 32, 32]
     shown = np.linspace(0, steps, min(11, steps + 1)).round().astype(int).tolist()
     labels = ["x_T"] + [f"t={t}" for t in reversed(sampler.tau(steps))]
     columns = [labels[i] for i in shown]
     save_grid(films[:, shown].flatten(0, 1), config.folder / "ddim_trajectory.png", column_labels=columns)
 
-    others = [draw_grid(film, columns=count) for film in films.transpose(0, 1)[:: math.ceil(steps / 100)][1:]]
-    options = {"save_all": True, "append_images": others, "duration": [80] * len(others) + [2000], "loop": 0}
-    save_grid(films[:, 0], config.folder / "ddim_trajectory.gif", options, columns=count)
+    first, *others = [draw_grid(film, columns=count) for film in films.transpose(0, 1)]
+    film = functools.partial(first.save, format="GIF", save_all=True, append_images=others, duration=80, loop=0)
+    write_atomically(config.folder / "ddim_trajectory.gif", film)
 
 
 def interpolation(sampler, _):
@@ -820,7 +820,7 @@ def interpolation(sampler, _):
         x_T = slerp(sampler.x_T(2 * row), sampler.x_T(2 * row + 1), weight)
         return sampler.sample(indices, config.steps, x_T)
 
-    images = compute(sampler, pairs * columns, between, config.steps, "interpolation", to_uint8)
+    images = compute(sampler, pairs * columns, between, config.steps, "interpolation")
     labels = [f"{column / (columns - 1):.1f}" for column in range(columns)]
     save_grid(images, config.folder / "ddim_interpolation.png", column_labels=labels)
 
@@ -840,19 +840,23 @@ def reconstruction(sampler, test_images):
 def consistency(sampler, _):
     """Show the same x_T at several S (Sec. 5.2), a row per image, and print how far each is from the last S."""
     count = min(256, sampler.config.num_samples)
-    compare_steps(sampler, "consistency", {}, sampler.sample, count, convert=lambda x_0: x_0.clamp(-1, 1))
+
+    def clamped(indices, steps):
+        return sampler.sample(indices, steps).clamp(-1, 1)
+
+    compare_steps(sampler, "consistency", {}, clamped, count)
 
 
-def compare_steps(sampler, name, columns, function, count, evaluations=1, convert=None):
+def compare_steps(sampler, name, columns, function, count, evaluations=1):
     """Add a column of function(indices, S) for each S. Print its distance to the originals, else to the last S.
 
-    columns: {label: images [count, 3, 32, 32]}, the originals if any. evaluations, convert: as in `compute`, per step.
+    columns: {label: images [count, 3, 32, 32]}, the originals if any. evaluations: as in `compute`, per step.
     """
     labels = {f"S={steps}": steps for steps in sampler.config.sample_steps or (10, 20, 50, 100)}
     reference = next(iter(columns), [*labels][-1])
     for label, steps in labels.items():
         draw = functools.partial(function, steps=steps)
-        columns[label] = compute(sampler, count, draw, evaluations * steps, f"{name}, {label}", convert)
+        columns[label] = compute(sampler, count, draw, evaluations * steps, f"{name}, {label}")
     say(f"{name}: mean squared distance of {count:,} images to {reference}, per dimension on [0, 1]:")
     for label, steps in labels.items():
         say(f"    S = {steps:<5} {((columns[label] - columns[reference]) / 2).square().mean():.4g}")
@@ -1117,28 +1121,17 @@ def read_folder(folder):
 
 
 def read_image(path):
-    """Read an image as uint8 [32, 32, 3]: upright, on white, in sRGB, resized and centre-cropped."""
+    """Read an image as uint8 [32, 32, 3]: upright, on white, resized and centre-cropped."""
     with Image.open(path) as image:
         image = ImageOps.exif_transpose(image)
-        profile = image.info.get("icc_profile")
-        if image.mode.startswith("I;16"):
-            image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
-        if image.mode in ("I", "F"):
+        if image.mode[0] in "IF":
             raise ValueError(f"mode {image.mode} has no known scale to 0..255")
         if image.has_transparency_data:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-
-        # Convert to sRGB from the embedded profile, which applies to one of the modes L, CMYK and RGB.
-        image = image if image.mode in ("L", "CMYK") else image.convert("RGB")
-        if profile:
-            with contextlib.suppress(ImageCms.PyCMSError):  # a damaged profile, or one for another mode
-                srgb = ImageCms.createProfile("sRGB")
-                image = ImageCms.profileToProfile(image, io.BytesIO(profile), srgb, outputMode="RGB")
         return np.asarray(ImageOps.fit(image.convert("RGB"), (SIZE, SIZE), Image.Resampling.LANCZOS))
 
 
-@functools.lru_cache(maxsize=2)
 def draw_shapes(count, seed):
     """Draw discs of random size, place and colours, uint8 [count, 3, 32, 32]: easy to learn, easy to judge."""
     draw = rng(seed)
@@ -1173,14 +1166,12 @@ def draw_grid(images, columns=None, column_labels=()):
     return sheet
 
 
-def save_grid(images, path, options=None, **layout):
-    """Write a grid of images, in the format of the path's ending. images and layout are the arguments of draw_grid.
+def save_grid(images, path, **layout):
+    """Write a grid of images. images and layout are the arguments of draw_grid.
 
-    options: arguments of Pillow's save. Raises ValueError if the ending names no image format.
+    The path's ending decides the format. Raises ValueError if it names no image format.
     """
-    path = Path(path)
-    write_atomically(path, lambda file: draw_grid(images, **layout).save(file, **(options or {})))
-    say(f"wrote {path}")
+    write_atomically(Path(path), lambda file: draw_grid(images, **layout).save(file))
 
 
 def save_images(images, path):
@@ -1199,7 +1190,7 @@ def save_images(images, path):
                 Image.fromarray(image).save(folder / f"{i:05d}.png")
             set_aside(path)
             os.replace(folder, path)
-    say(f"wrote {len(images):,} images to {path}")
+        say(f"wrote {len(images):,} images to {path}")
 
 
 class Log:
@@ -1299,7 +1290,6 @@ def save_checkpoint(path, trainer):
         "optimizer": [optimizer.state_dict() for optimizer in trainer.optimizers],
     }
     write_atomically(path, lambda file: torch.save(content, file))
-    say(f"saved {path}")
 
 
 def load_checkpoint(path, device):
@@ -1439,6 +1429,7 @@ def write_atomically(path, write):
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+        say(f"wrote {path}")
     except (OSError, RuntimeError) as error:  # torch.save wraps the error of a full disk
         raise UserError(f"cannot write {path.resolve()}: {error.__context__ or error}") from error
     finally:
@@ -1539,7 +1530,6 @@ def export_weights(path, model, config):
         files["unet/diffusion_pytorch_model.safetensors"] = save(weights, {"format": "pt"})
         for name, data in files.items():
             write_atomically(path / name, lambda file, data=data: file.write(data))
-    say(f"wrote {path}")
 
 
 # ---- Processes -------------------------------------------------------------------------------------------------------
@@ -1566,11 +1556,11 @@ def gather(item):
     return items
 
 
-def compute(sampler, count, function, evaluations, desc, convert=None):
+def compute(sampler, count, function, evaluations, desc):
     """Return the rows of function(indices) for indices 0..count-1, computed in chunks, by all processes.
 
-    evaluations: the expected evaluations of the network per index, for the progress bar. convert: applied to each chunk
-    of rows, after the check that they are finite. Raises UserError if they are not.
+    evaluations: the expected evaluations of the network per index, for the progress bar. Raises UserError unless all
+    rows are finite.
     """
     size = sampler.chunk_size * world.size
     results = []
@@ -1582,7 +1572,7 @@ def compute(sampler, count, function, evaluations, desc, convert=None):
             rows = torch.cat([part for part in gather(rows) if part is not None])
             if bad := int((~rows.flatten(1).isfinite().all(1)).sum()):
                 raise UserError(f"{bad} of {len(chunk)} images are not finite", code=1)
-            results.append(convert(rows) if convert else rows)
+            results.append(rows)
             sampler.bar.total = sampler.bar.n * count // (int(chunk[-1]) + 1)  # some samplers take more evaluations
     return torch.cat(results)
 

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageCms
+from PIL import Image
 from torchvision.datasets import CIFAR10
 from torchvision.datasets.utils import calculate_md5
 
@@ -140,28 +140,12 @@ def test_a_folder_keeps_what_images_show(tmp_path):
     assert len(transparent) == 3 and all((image == 255).all() for image in transparent)
 
 
-def test_sixteen_bits_are_divided_by_257_whatever_their_content_and_grey_of_no_known_scale_is_skipped(tmp_path, capsys):
-    values = (128, 129, 255, 256, 65535 - 129, 65535 - 128)  # where v >> 8 and v / 257 part
-    for i, value in enumerate(values):
-        Image.fromarray(np.full((32, 32), value, np.uint16)).save(tmp_path / f"{i}.png")
-    Image.fromarray(np.full((32, 32), 70.0, np.float32)).save(tmp_path / "float.tif")
-    Image.fromarray(np.full((32, 32), 200, np.int32)).save(tmp_path / "int.tif")
-    assert load_folder(tmp_path)[:, 0, 0, 0].tolist() == [0, 1, 1, 1, 254, 255]
-    assert "2 unreadable .tif" in capsys.readouterr().err
-
-
-def test_colours_of_an_embedded_profile_become_those_of_srgb(tmp_path):
-    """Embed a profile in which red means the green of sRGB, and green its red."""
-    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
-    swapped = profile.replace(b"rXYZ", b"....").replace(b"gXYZ", b"rXYZ").replace(b"....", b"gXYZ")
-    colours = Image.new("RGB", (32, 32), (200, 50, 100))
-    for name, embedded in (("a", None), ("b", profile), ("c", swapped), ("d", b"damaged")):
-        colours.save(tmp_path / f"{name}.png", icc_profile=embedded)
-    colours.convert("RGBA").save(tmp_path / "e.png", icc_profile=swapped)
-    Image.new("L", (32, 32), 70).save(tmp_path / "f.png", icc_profile=swapped)  # which is not for grey
-    found = load_folder(tmp_path)[:, :, 16, 16].int()
-    expected = torch.tensor([[200, 50, 100]] * 2 + [[50, 200, 100], [200, 50, 100], [50, 200, 100], [70, 70, 70]])
-    assert (found - expected).abs().max() <= 1
+def test_grey_of_no_known_scale_is_skipped(tmp_path, capsys):
+    Image.new("L", (32, 32), 70).save(tmp_path / "a.png")
+    for name, kind in (("float.tif", np.float32), ("int.tif", np.int32), ("sixteen.png", np.uint16)):
+        Image.fromarray(np.full((32, 32), 200, kind)).save(tmp_path / name)
+    assert load_folder(tmp_path)[:, 0, 0, 0].tolist() == [70]
+    assert "2 unreadable .tif, 1 unreadable .png" in capsys.readouterr().err
 
 
 def test_what_is_left_out_of_a_folder_is_counted_by_kind_in_one_line(tmp_path, capsys):
