@@ -839,11 +839,7 @@ def reconstruction(sampler, test_images):
 def consistency(sampler, _):
     """Show the same x_T at several S (Sec. 5.2), a row per image, and print how far each is from the last S."""
     count = min(256, sampler.config.num_samples)
-
-    def clamped(indices, steps):
-        return sampler.sample(indices, steps).clamp(-1, 1)
-
-    compare_steps(sampler, "consistency", {}, clamped, count)
+    compare_steps(sampler, "consistency", {}, lambda i, steps: sampler.sample(i, steps).clamp(-1, 1), count)
 
 
 def compare_steps(sampler, name, columns, function, count, evaluations=1):
@@ -1022,10 +1018,7 @@ class Upsample(nn.Module):
 
 
 def load_images(config):
-    """Load the training and the held-out images of --dataset, uint8 [N, 3, 32, 32] each.
-
-    Offline, the quick test goes on with synthetic images.
-    """
+    """Load the training and the held-out images of --dataset, uint8 [N, 3, 32, 32] each."""
     if config.dataset == "cifar10":
         try:
             return open_cifar10(Path(config.data_dir).resolve())
@@ -1048,17 +1041,12 @@ def hold_out(images):
     """Split off every 10th image, at most about 256. With fewer than 10 images, return all of them as both splits."""
     every = max(10, len(images) // HELD_OUT)
     held_out = torch.arange(len(images)) % every == every - 1
-    if not held_out.any():
-        say(f"warning: only {len(images)} images, so the held-out loss is measured on the same ones", sys.stderr)
-        return images, images
-    return images[~held_out], images[held_out]
+    return (images[~held_out], images[held_out]) if held_out.any() else (images, images)
 
 
 def open_cifar10(folder):
     """Load the md5-checked training and test images, downloading if needed. Raises ConnectionError on failure."""
     from torchvision.datasets import CIFAR10, utils  # takes a second, which other data sets need not wait for
-
-    folder = folder.parent if folder.name == CIFAR10.base_folder else folder
 
     def read():
         return [to_images(CIFAR10(folder, train).data) for train in (True, False)]
@@ -1097,8 +1085,6 @@ def read_folder(folder):
     def read(path):
         """Return an image as an array, or else what kind of file this is."""
         kind = path.suffix.lower()
-        if path.name.startswith("ddim_"):  # drawn by this program
-            return "named ddim_*"
         if kind not in Image.registered_extensions():
             return kind or "without an ending"
         try:
@@ -1276,10 +1262,7 @@ def facts(config):
 
 
 def save_checkpoint(path, trainer):
-    """Write the training state: format, config, step, model, ema, optimizer, and what `facts` and images_crc32 add.
-
-    It holds tensors and plain values only, which torch.load(weights_only=True) can read.
-    """
+    """Write the training state, as tensors and plain values, which torch.load(weights_only=True) can read."""
     content = {
         **facts(trainer.config),
         "step": trainer.steps,
@@ -1380,22 +1363,16 @@ def runs_in(folder):
     return sorted(runs, reverse=True)
 
 
-def furthest(folder):
-    """Return the steps of the furthest checkpoint in a folder: 0 if there is none, 1 after a quick test."""
-    return max((steps for steps, _ in runs_in(folder)), default=0)
-
-
 def make_room(folder, step, own):
     """Move another run's files into earlier-1, earlier-2, ..., so that only a quick test is overwritten.
 
     step, own: the step at which this run starts, and the checkpoint it resumes or None. That run's files stay.
     """
-    if own and own.parent == folder and step >= furthest(folder):
-        return
-    os.listdir(folder)  # raises an error where glob would find nothing, in a folder that cannot be listed
+    furthest = max((steps for steps, _ in runs_in(folder)), default=0)  # 1 after a quick test
+    goes_on = own and own.parent == folder and step >= furthest
     patterns = ("ddim_model_*.pth", "ddim_log.csv", "ddim_samples*.png")
     files = [path for pattern in patterns for path in folder.glob(pattern) if path != own]
-    if files and furthest(folder) != 1:
+    if files and furthest != 1 and not goes_on:
         target = unused(folder / "earlier")
         target.mkdir()
         for path in files:
@@ -1432,8 +1409,7 @@ def write_atomically(path, write):
     except (OSError, RuntimeError) as error:  # torch.save wraps the error of a full disk
         raise UserError(f"cannot write {path.resolve()}: {error.__context__ or error}") from error
     finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
+        temporary.unlink(missing_ok=True)
 
 
 # ---- Weights from and for diffusers ----------------------------------------------------------------------------------
@@ -1678,9 +1654,6 @@ def spell(value):
     return " ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
 
 
-# ---- Device and precision --------------------------------------------------------------------------------------------
-
-
 def compiled(network, config, evaluations):
     """Return the network, compiled with --compile on, or with auto if so many evaluations repay the compile time."""
     pays = config.device.startswith("cuda") and evaluations >= 4000 and importlib.util.find_spec("triton")
@@ -1725,7 +1698,6 @@ def make_parser():
         prog="ddim_cifar.py",
         usage="%(prog)s [--epochs N] [--iterations N] [flags], or --sample CKPT [flags]; see --help",
         description="Train a UNet on CIFAR-10 and sample it with DDIM. Without flags: a quick test of one step.",
-        formatter_class=functools.partial(argparse.HelpFormatter, max_help_position=30),
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
     )
@@ -1761,7 +1733,7 @@ def parse_args(argv):
     path, checkpoint = typed.get("sample", typed.get("resume")), {}
     if path == "auto":
         path = Path(typed.get("out_dir", "."))
-        if furthest(path) <= 1:
+        if all(steps <= 1 for steps, _ in runs_in(path)):  # nothing, or a quick test
             say(f"nothing to resume in {path.resolve()}: starting a new run")
             path = None
     given = PAPER if typed.get("recipe") == "paper" else {}
@@ -1777,11 +1749,8 @@ def parse_args(argv):
 
 
 def inherit(checkpoint, typed):
-    """Return the settings that come from the checkpoint. Raises UserError if a typed flag contradicts a fixed one.
-
-    Settings missing from an older checkpoint take Config's defaults.
-    """
-    saved = {**asdict(Config()), **checkpoint["config"]}
+    """Return the settings that come from the checkpoint. Raises UserError if a typed flag contradicts a fixed one."""
+    saved = {**asdict(Config()), **checkpoint["config"]}  # an older checkpoint may lack settings
     saved["out_dir"] = str(checkpoint["path"].parent) if "step" in checkpoint else None
     fixed = {*Config.names(UNET, SCHEDULE, OUTPUT)}
     taken = {*fixed, "out_dir"}

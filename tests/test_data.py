@@ -154,14 +154,10 @@ def test_what_is_left_out_of_a_folder_is_counted_by_kind_in_one_line(tmp_path, c
     (tmp_path / "cut.png").write_bytes(whole[: len(whole) // 2])
     for name in (*(f"{n}.gif" for n in range(30)), "one.heic", "two.HEIC", "three.heic", "notes.txt"):
         (tmp_path / name).touch()
-    picture().save(tmp_path / "ddim_samples.png")  # drawn by this program
     assert len(load_folder(tmp_path)) == 1
-    line, few = capsys.readouterr().err.splitlines()
-    assert all(
-        words in line
-        for words in (str(tmp_path), "1 unreadable .png", "30 unreadable .gif", "1 named ddim_*", "3 .heic", "1 .txt")
-    ), line
-    assert "only 1 images" in few
+    (line,) = capsys.readouterr().err.splitlines()
+    kinds = ("1 unreadable .png", "30 unreadable .gif", "3 .heic", "1 .txt")
+    assert all(words in line for words in (str(tmp_path), *kinds)), line
 
     (tmp_path / "good.png").unlink()
     with pytest.raises(UserError, match=r"3 \.heic"):
@@ -228,7 +224,6 @@ def test_cifar10_is_found_or_downloaded_where_it_is_missing_or_damaged_and_damag
     with open(cifar10 / "data_batch_1", "rb") as file:
         first = pickle.load(file)["data"][0].reshape(3, 32, 32)
     assert [len(images) for images in intact] == [20, 4] and np.array_equal(intact[0][0], first)
-    assert torch.equal(load_images(data_dir=str(cifar10))[0], intact[0])  # by the name of its own folder
     damaged = cifar10 / "data_batch_3"
     damaged.write_bytes(damaged.read_bytes()[:-10])
     (tmp_path / "brought").mkdir()
