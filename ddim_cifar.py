@@ -267,7 +267,8 @@ def ddim_sample(model, x_T, schedule, tau, eta=0.0, *, order=1, noise=None, on_s
     Returns x_0, like x_T. The predicted x_0 is not clipped.
     Raises ValueError if tau is not ascending, or for an unsupported eta or order.
     """
-    check_tau(tau)
+    if [*tau] != sorted({*tau}):
+        raise ValueError(f"tau must hold ascending timesteps, not {[*tau[:5]]} ...")
     if not 0 <= eta <= 1 or order not in (1, 2) or (order == 2 and eta > 0):
         raise ValueError(f"eta must be in [0, 1], order 1 or 2, and order 2 needs eta 0; not eta {eta}, order {order}")
 
@@ -307,7 +308,6 @@ def ddim_encode(model, x_0, schedule, tau):
     alpha = 1, so the first step evaluates it at tau[0].
     Returns x_T, like x_0.
     """
-    check_tau(tau)
     x_t = x_0
     for t, t_next in zip([-1, *tau[:-1]], tau):
         alpha, alpha_next = schedule.alpha(t), schedule.alpha(t_next)
@@ -315,12 +315,6 @@ def ddim_encode(model, x_0, schedule, tau):
         h = schedule.noise_ratio(t_next) - schedule.noise_ratio(t)
         x_t = math.sqrt(alpha_next) * (x_t / math.sqrt(alpha) + h * eps)
     return x_t
-
-
-def check_tau(tau):
-    """Raise ValueError unless the timesteps ascend."""
-    if [*tau] != sorted({*tau}) or tau[0] < 0:
-        raise ValueError(f"tau must hold ascending timesteps, not {[*tau[:5]]} ...")
 
 
 def slerp(a, b, weight):
@@ -1161,12 +1155,10 @@ def save_grid(images, path, **layout):
 
 def save_images(images, path):
     """Write uint8 [N, 3, H, W] as .npz (arr_0, uint8 [N, H, W, 3]) or as a folder of PNGs: complete or not at all."""
-    if world.rank > 0:
-        return
     pixels = images.permute(0, 2, 3, 1).numpy()
     if path.suffix == ".npz":
         write_atomically(path, lambda file: np.savez(file, pixels))
-    else:
+    elif world.rank == 0:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".export-", dir=path.parent) as private:
             folder = Path(private, path.name)
@@ -1289,8 +1281,7 @@ def load_checkpoint(path, device):
         try:
             return read_checkpoint(file, device)
         except UserError as error:
-            is_damaged = isinstance(error.__cause__, zipfile.BadZipFile)  # if not, it may be intact
-            if file == files[-1] or not is_damaged:
+            if file == files[-1] or not isinstance(error.__cause__, zipfile.BadZipFile):  # it may be intact
                 raise
             say(f"warning: {error}; trying the next one", sys.stderr)
 
@@ -1298,17 +1289,16 @@ def load_checkpoint(path, device):
 def read_checkpoint(path, device):
     """Read and validate one file, or a folder of published weights: see load_checkpoint."""
     try:
-        # A folder of diffusers may hold variants such as fp16, which are read before the full one, or shards.
-        folder = path / "unet" if (path / "unet").is_dir() else path
-        published = [sorted(folder.glob(f"diffusion_pytorch_model*.{ending}")) for ending in ("safetensors", "bin")]
-        files = (published[0] or published[1]) if path.is_dir() else [path]
-        if not files:
-            raise FileNotFoundError("no weights in this folder")
-        checkpoint = {}
-        for file in files:
-            checkpoint |= read_tensors(file, device)
+        if path.is_dir():  # of diffusers, where variants such as fp16 come before the full weights
+            folder = path / "unet" if (path / "unet").is_dir() else path
+            name = "diffusion_pytorch_model*"
+            found = sorted(folder.glob(f"{name}.bin")) + sorted(folder.glob(f"{name}.safetensors"))
+            if not found:
+                raise FileNotFoundError("no weights in this folder")
+            path = found[-1]
+        checkpoint = read_tensors(path, device)
         if "conv_in.weight" in checkpoint:
-            checkpoint = from_published(checkpoint, file.parent)
+            checkpoint = from_published(checkpoint, path.parent)
         if checkpoint.get("format") != FORMAT:
             raise ValueError(f"not a checkpoint of format {FORMAT}")
         checkpoint["ema"] = {name: value.float() for name, value in checkpoint["ema"].items()}
@@ -1374,9 +1364,8 @@ def make_room(folder, step, own):
     files = [path for pattern in patterns for path in folder.glob(pattern) if path != own]
     if files and furthest != 1 and not goes_on:
         target = unused(folder / "earlier")
-        target.mkdir()
         for path in files:
-            os.replace(path, target / path.name)
+            os.renames(path, target / path.name)  # makes the folder
         say(f"moved {len(files)} files of an earlier run to {target}")
 
 
@@ -1443,13 +1432,12 @@ def diffusers_configs(config):
         "norm_eps": 1e-6,
         "dropout": config.dropout,
     }
-    scheduler = {"_class_name": "DDIMScheduler", "clip_sample": False}
-    scheduler["prediction_type"] = PREDICTION_TYPES.get(config.predict)
+    scheduler = {"_class_name": "DDIMScheduler", "prediction_type": PREDICTION_TYPES.get(config.predict)}
 
     # Any schedule other than diffusers' default is described by its betas.
     alphas, linear = NoiseSchedule(**config.of(SCHEDULE)).alphas_cumprod, torch.linspace(1e-4, 0.02, 1000).double()
     betas = 1 - alphas / torch.cat([torch.ones(1), alphas[:-1]])
-    scheduler["num_train_timesteps"] = len(betas)
+    scheduler |= {"num_train_timesteps": len(betas), "clip_sample": False}
     if len(betas) != 1000 or not torch.allclose(betas, linear, rtol=1e-4):
         scheduler["trained_betas"] = betas.tolist()
     return {"config.json": unet, "scheduler_config.json": scheduler}
@@ -1458,8 +1446,8 @@ def diffusers_configs(config):
 def from_published(weights, folder):
     """Convert a diffusers state dict (old or new key names) from this folder to a checkpoint, without a step.
 
-    The network settings come from config.json in this folder, if any. Raises ValueError if it or scheduler_config.json
-    describes something that this program does not implement. Without scheduler_config.json, it assumes DDPM's.
+    Raises ValueError if config.json or scheduler_config.json, where present, describe what this program does not
+    implement. Without scheduler_config.json, it assumes DDPM's.
     """
     renamed = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
     for old, new in renamed.items():
@@ -1534,8 +1522,7 @@ def gather(item):
 def compute(sampler, count, function, evaluations, desc):
     """Return the rows of function(indices) for indices 0..count-1, computed in chunks, by all processes.
 
-    evaluations: the expected evaluations of the network per index, for the progress bar. Raises UserError unless all
-    rows are finite.
+    evaluations: of the network per index, for the progress bar. Raises UserError unless all rows are finite.
     """
     size = sampler.chunk_size * world.size
     results = []
@@ -1772,11 +1759,10 @@ def check(config):
     """Raise UserError if a setting is impossible, alone or in combination."""
     for setting in fields(Config):
         value, limits = getattr(config, setting.name), setting.metadata
-        least, most = limits.get("least", 0), limits.get("most", sys.float_info.max)  # excludes infinity and NaN
+        least, most = limits.get("least"), limits.get("most", math.inf)
         for item in value if isinstance(value, tuple) else [value]:
-            if "least" in limits and item is not None and not least <= item <= most:
-                allowed = f"in {least}..{most}" if "most" in limits else f"at least {least}"
-                raise UserError(f"{spell_flag(setting.name)} {item}: must be {allowed}")
+            if least is not None and item is not None and not least <= item <= most:  # excludes NaN
+                raise UserError(f"{spell_flag(setting.name)} {item}: must be in {least}..{most}")
     try:
         with torch.device("meta"):
             UNet(**config.of(UNET))
@@ -1794,10 +1780,9 @@ def check(config):
         raise UserError("--experiments reconstruction: needs the default sampler (--eta 0 --order 1), which it inverts")
 
     # Files.
-    for name, ending in (("export", ".npz"), ("export_weights", ".pth")):
-        path = getattr(config, name)
+    for name, path, ending in (("", config.export, ".npz"), ("-weights", config.export_weights, ".pth")):
         if path and Path(path).suffix not in ("", ending):
-            raise UserError(f"{spell_flag(name)} {path}: must be NAME{ending} or a folder, whose name has no dot")
+            raise UserError(f"--export{name} {path}: must be NAME{ending} or a folder, whose name has no dot")
     if config.export and config.folder.is_relative_to(Path(config.export).resolve()):
         raise UserError(f"--export {config.export}: must be a folder of its own")  # because it is set aside
     is_known = config.channel_mults[0] == 1 and config.predict in PREDICTION_TYPES and len(Config.names(UNET)) == 4

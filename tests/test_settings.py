@@ -29,7 +29,7 @@ def values_of(config, names):
 
 
 WRONG = """
---epochs 0 | --epochs 0 at least 1
+--epochs 0 | --epochs 0 1..inf
 --lr nan | --lr nan
 --eta 1.5 | --eta 1.5 0..1
 --dropout 1 | --dropout 0..0.99
