@@ -1364,8 +1364,9 @@ def make_room(folder, step, own):
     files = [path for pattern in patterns for path in folder.glob(pattern) if path != own]
     if files and furthest != 1 and not goes_on:
         target = unused(folder / "earlier")
+        target.mkdir()
         for path in files:
-            os.renames(path, target / path.name)  # makes the folder
+            os.replace(path, target / path.name)
         say(f"moved {len(files)} files of an earlier run to {target}")
 
 
@@ -1394,11 +1395,11 @@ def write_atomically(path, write):
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-        say(f"wrote {path}")
     except (OSError, RuntimeError) as error:  # torch.save wraps the error of a full disk
-        raise UserError(f"cannot write {path.resolve()}: {error.__context__ or error}") from error
+        raise UserError(f"cannot write {path}: {error.__context__ or error}") from error
     finally:
         temporary.unlink(missing_ok=True)
+    say(f"wrote {path}")
 
 
 # ---- Weights from and for diffusers ----------------------------------------------------------------------------------
@@ -1469,7 +1470,7 @@ def from_published(weights, folder):
         for key in sorted({*DEFAULTS[file], *ours[file]} - {"_class_name", "dropout", "clip_sample"}):
             value, expected = ({**DEFAULTS[file], **values}.get(key) for values in (found[file], ours[file]))
             if value != expected:
-                raise ValueError(f"its {file} has {key} = {value!s:.60}, but this program computes {expected!s:.60}")
+                raise ValueError(f"its {file} has {key} = {value}, but this program computes {expected}")
     return {"format": FORMAT, "config": settings, "ema": weights}
 
 
@@ -1524,10 +1525,9 @@ def compute(sampler, count, function, evaluations, desc):
 
     evaluations: of the network per index, for the progress bar. Raises UserError unless all rows are finite.
     """
-    size = sampler.chunk_size * world.size
     results = []
     with progress(total=count * evaluations, desc=desc, unit="evaluation") as sampler.bar:
-        for chunk in torch.arange(count).split(size):
+        for chunk in torch.arange(count).split(sampler.chunk_size * world.size):
             mine = chunk[share(len(chunk))].tolist()
             padding = mine[-1:] * (sampler.chunk_size - len(mine)) if sampler.is_compiled else []  # for one shape
             rows = function(mine + padding)[: len(mine)].cpu() if mine else None
@@ -1585,7 +1585,7 @@ def rescued(trainer, log):
                 save_checkpoint(config.folder / "ddim_model_last.pth", trainer)
             if log.pending:
                 log.write()
-            if runs_in(config.folder):
+            if trainer.steps > 0:
                 words = [sys.argv[0], *config.argv, "--resume", str(config.folder)]  # of two --resume, the last counts
                 say(f"to go on: {'torchrun ...' if world.size > 1 else 'python'} {shlex.join(words)}", sys.stderr)
         raise
@@ -1718,7 +1718,7 @@ def parse_args(argv):
 
     # Load the checkpoint, and take the settings that follow from it.
     path, checkpoint = typed.get("sample", typed.get("resume")), {}
-    if path == "auto":
+    if typed.get("resume") == "auto":
         path = Path(typed.get("out_dir", "."))
         if all(steps <= 1 for steps, _ in runs_in(path)):  # nothing, or a quick test
             say(f"nothing to resume in {path.resolve()}: starting a new run")

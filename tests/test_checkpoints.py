@@ -7,7 +7,6 @@ import json
 import os
 import pickle
 import random
-import shutil
 import signal
 import time
 import zipfile
@@ -183,12 +182,6 @@ def test_auto_begins_anew_beside_a_quick_test_but_goes_on_with_anything_longer(d
     (tmp_path / "ddim_log.csv").unlink()  # without which it is none the less a run
     before = contents(tmp_path)
     assert ddim(*FAST).code == 0 and contents(tmp_path / "earlier-1") == before
-
-
-def test_a_final_checkpoint_of_many_steps_is_no_quick_test_though_its_log_is_short(ddim, tmp_path, checkpoint):
-    shutil.copy(checkpoint, tmp_path)
-    (tmp_path / "ddim_log.csv").write_text("step\n")
-    assert ddim(*FAST).code == 0 and (tmp_path / "earlier-1" / checkpoint.name).exists()
 
 
 def test_a_run_resumed_from_another_checkpoint_sets_the_others_aside_and_takes_its_log_along(
