@@ -1877,13 +1877,14 @@ def main(argv=None):
         return 128 + signal.SIGINT
     except Exception as error:
         code, text = getattr(error, "code", 2), str(error)
-        if isinstance(error, UserError) and world.local_rank > 0:
-            return code  # all processes meet it, so one of each machine reports it
-        if isinstance(error, MemoryError) or "out of memory" in text:
+        if isinstance(error, UserError):  # all processes meet it, so one of each machine reports it
+            if world.local_rank > 0:
+                return code
+        elif isinstance(error, MemoryError) or "out of memory" in text:
             text = "out of memory; a smaller --micro-batch gives the same result with less memory"
         elif isinstance(error, dist.DistBackendError) or (world.size > 1 and "gloo" in text):
             code, text = 1, f"another process was lost: {text}"
-        elif not isinstance(error, UserError | OSError):
+        elif not isinstance(error, OSError):
             frame = traceback.extract_tb(error.__traceback__)[-1]
             text = f"{type(error).__name__} in {frame.filename}, line {frame.lineno}: {text}"
         print(f"ddim_cifar.py: error: {' '.join(text.split())}", file=sys.stderr)
