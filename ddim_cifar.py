@@ -1853,12 +1853,11 @@ def execute_training(config, checkpoint, model, schedule):
         for leftover in config.folder.glob(".[0-9]*-ddim_*"):  # of a run that was killed while it saved
             leftover.unlink(missing_ok=True)
 
-    log = Log(config, trainer.steps, rows)
     say(f"images    {config.dataset}: {len(images):,} for training, {min(HELD_OUT, len(held_out)):,} held out")
     left = max(0, config.total - trainer.steps)
     say(f"steps     {trainer.steps:,} done, {left:,} to go, {config.batch_size} images each")
     say(f"output    {config.folder}")
-    train(trainer, images, held_out, log)
+    train(trainer, images, held_out, Log(config, trainer.steps, rows))
     return (model if config.no_ema else trainer.ema), held_out
 
 
