@@ -44,7 +44,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageOps
+from PIL import Image, ImageCms, ImageDraw, ImageOps
 from torch import nn
 from tqdm import tqdm
 
@@ -771,7 +771,7 @@ class Sampler:
 def save_samples(sampler, path, count, export=None):
     """Draw images 0..count-1. Write the first 256 as a grid to `path`, and all to `export` (see save_images)."""
     steps = sampler.config.steps
-    images = to_uint8(compute(sampler, count, functools.partial(sampler.sample, steps=steps), steps, "sampling"))
+    images = compute(sampler, count, functools.partial(sampler.sample, steps=steps), steps, "sampling", to_uint8)
     if export:
         save_images(images, Path(export).resolve())
     save_grid(images[:256], path)
@@ -791,7 +791,7 @@ def trajectory(sampler, _):
         sampler.sample(indices, steps, seen[0], on_step=lambda t, x_0: seen.append(x_0))
         return torch.stack(seen, dim=1)
 
-    films = compute(sampler, count, frames, steps, "trajectory")  # [count, 1 + steps, 3, 32, 32]
+    films = compute(sampler, count, frames, steps, "trajectory", to_uint8)  # [count, 1 + steps, 3, 32, 32]
     shown = np.linspace(0, steps, min(11, steps + 1)).round().astype(int).tolist()
     labels = ["x_T"] + [f"t={t}" for t in reversed(sampler.tau(steps))]
     columns = [labels[i] for i in shown]
@@ -1035,12 +1035,17 @@ def hold_out(images):
     """Split off every 10th image, at most about 256. With fewer than 10 images, return all of them as both splits."""
     every = max(10, len(images) // HELD_OUT)
     held_out = torch.arange(len(images)) % every == every - 1
-    return (images[~held_out], images[held_out]) if held_out.any() else (images, images)
+    if not held_out.any():
+        say("warning: too few images to hold any out, so the held-out loss is on training images", sys.stderr)
+        return images, images
+    return images[~held_out], images[held_out]
 
 
 def open_cifar10(folder):
     """Load the md5-checked training and test images, downloading if needed. Raises ConnectionError on failure."""
     from torchvision.datasets import CIFAR10, utils  # takes a second, which other data sets need not wait for
+
+    folder = folder.parent if folder.name == CIFAR10.base_folder else folder
 
     def read():
         return [to_images(CIFAR10(folder, train).data) for train in (True, False)]
@@ -1100,14 +1105,20 @@ def read_folder(folder):
 
 
 def read_image(path):
-    """Read an image as uint8 [32, 32, 3]: upright, on white, resized and centre-cropped."""
+    """Read an image as uint8 [32, 32, 3]: upright, on white, in sRGB, resized and centre-cropped."""
     with Image.open(path) as image:
         image = ImageOps.exif_transpose(image)
+        profile = image.info.get("icc_profile")
         if image.mode[0] in "IF":
             raise ValueError(f"mode {image.mode} has no known scale to 0..255")
         if image.has_transparency_data:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        image = image if image.mode in ("L", "CMYK") else image.convert("RGB")  # the modes that profiles are made for
+        if profile:
+            with contextlib.suppress(ImageCms.PyCMSError):  # a damaged profile
+                srgb = ImageCms.createProfile("sRGB")
+                image = ImageCms.profileToProfile(image, io.BytesIO(profile), srgb, outputMode="RGB")
         return np.asarray(ImageOps.fit(image.convert("RGB"), (SIZE, SIZE), Image.Resampling.LANCZOS))
 
 
@@ -1297,7 +1308,9 @@ def read_checkpoint(path, device):
                 raise FileNotFoundError("no weights in this folder")
             path = found[-1]
         checkpoint = read_tensors(path, device)
-        if "conv_in.weight" in checkpoint:
+        for shard in found[:-1] if "-of-" in path.name else ():
+            checkpoint |= read_tensors(shard, device)
+        if any(name.endswith("conv_in.weight") for name in checkpoint):
             checkpoint = from_published(checkpoint, path.parent)
         if checkpoint.get("format") != FORMAT:
             raise ValueError(f"not a checkpoint of format {FORMAT}")
@@ -1348,7 +1361,7 @@ def runs_in(folder):
     for path in folder.glob("ddim_model_*.pth"):
         steps = math.inf  # load_checkpoint says what is wrong
         with contextlib.suppress(Exception):
-            steps = int(torch.load(path, map_location="meta", weights_only=True).get("step", 0))
+            steps = int(torch.load(path, map_location="meta", mmap=True, weights_only=True).get("step", 0))
         runs.append((steps, path))
     return sorted(runs, reverse=True)
 
@@ -1360,6 +1373,7 @@ def make_room(folder, step, own):
     """
     furthest = max((steps for steps, _ in runs_in(folder)), default=0)  # 1 after a quick test
     goes_on = own and own.parent == folder and step >= furthest
+    os.listdir(folder)  # raises an error where glob would find nothing, in a folder that cannot be listed
     patterns = ("ddim_model_*.pth", "ddim_log.csv", "ddim_samples*.png")
     files = [path for pattern in patterns for path in folder.glob(pattern) if path != own]
     if files and furthest != 1 and not goes_on:
@@ -1451,12 +1465,15 @@ def from_published(weights, folder):
     implement. Without scheduler_config.json, it assumes DDPM's.
     """
     renamed = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
+    renamed |= {"module.": "", "_orig_mod.": ""}
     for old, new in renamed.items():
         weights = {name.replace(old, new): value for name, value in weights.items()}
 
     places = [folder.absolute().parent / "scheduler", folder / "scheduler", folder]
     found = {path.name: json.loads(path.read_text()) for place in places for path in place.glob("*config.json")}
     scheduler = found.setdefault("scheduler_config.json", {})
+    if "Flow" in scheduler.get("_class_name", ""):
+        raise ValueError(f"its scheduler is {scheduler['_class_name']}, which has no betas")
     settings = {"predict": "v" if scheduler.get("prediction_type") == "v_prediction" else "eps"}
     if unet := found.get("config.json"):
         widths, kinds = unet["block_out_channels"], unet["down_block_types"]
@@ -1520,10 +1537,11 @@ def gather(item):
     return items
 
 
-def compute(sampler, count, function, evaluations, desc):
+def compute(sampler, count, function, evaluations, desc, convert=None):
     """Return the rows of function(indices) for indices 0..count-1, computed in chunks, by all processes.
 
-    evaluations: of the network per index, for the progress bar. Raises UserError unless all rows are finite.
+    evaluations: of the network per index, for the progress bar. convert: applied to each chunk, to save memory.
+    Raises UserError unless all rows are finite.
     """
     results = []
     with progress(total=count * evaluations, desc=desc, unit="evaluation") as sampler.bar:
@@ -1534,7 +1552,7 @@ def compute(sampler, count, function, evaluations, desc):
             rows = torch.cat([part for part in gather(rows) if part is not None])
             if bad := int((~rows.flatten(1).isfinite().all(1)).sum()):
                 raise UserError(f"{bad} of {len(chunk)} images are not finite", code=1)
-            results.append(rows)
+            results.append(convert(rows) if convert else rows)
             sampler.bar.total = sampler.bar.n * count // (int(chunk[-1]) + 1)  # some samplers take more evaluations
     return torch.cat(results)
 
@@ -1688,6 +1706,7 @@ def make_parser():
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
     )
+    parser.add_argument("--local-rank", help=argparse.SUPPRESS)  # torch.distributed.launch sets LOCAL_RANK as well
     group = functools.cache(parser.add_argument_group)
     for setting in fields(Config):
         options = {name: value for name, value in setting.metadata.items() if name not in ("group", "least", "most")}
@@ -1711,7 +1730,10 @@ def spell_flag(name):
 def parse_args(argv):
     """Return the Config of a command line, completed from the checkpoint it names, and that checkpoint or {}."""
     typed = vars(make_parser().parse_args(argv))
+    typed.pop("local_rank", None)
     typed = {name: tuple(value) if isinstance(value, list) else value for name, value in typed.items()}
+    if "" in typed.values():
+        raise UserError("a flag has an empty value, as from an unset shell variable")
     training_only = sorted(typed.keys() & {*Config.names(LENGTH, RUN), "resume"} - {"dataset"})
     if "sample" in typed and training_only:
         raise UserError(f"--sample does not train, so it cannot be combined with {spell_flag(training_only[0])}")
@@ -1762,7 +1784,8 @@ def check(config):
         least, most = limits.get("least"), limits.get("most", math.inf)
         for item in value if isinstance(value, tuple) else [value]:
             if least is not None and item is not None and not least <= item <= most:  # excludes NaN
-                raise UserError(f"{spell_flag(setting.name)} {item}: must be in {least}..{most}")
+                allowed = f"in {least}..{most}" if "most" in limits else f"at least {least}"
+                raise UserError(f"{spell_flag(setting.name)} {item}: must be {allowed}")
     try:
         with torch.device("meta"):
             UNet(**config.of(UNET))
@@ -1783,11 +1806,15 @@ def check(config):
     for name, path, ending in (("", config.export, ".npz"), ("-weights", config.export_weights, ".pth")):
         if path and Path(path).suffix not in ("", ending):
             raise UserError(f"--export{name} {path}: must be NAME{ending} or a folder, whose name has no dot")
-    if config.export and config.folder.is_relative_to(Path(config.export).resolve()):
-        raise UserError(f"--export {config.export}: must be a folder of its own")  # because it is set aside
+    for place in (config.folder, Path.cwd()) if config.export else ():
+        if place.is_relative_to(Path(config.export).resolve()):  # an export is set aside by the next
+            raise UserError(f"--export {config.export}: must be a folder of its own")
     is_known = config.channel_mults[0] == 1 and config.predict in PREDICTION_TYPES and len(Config.names(UNET)) == 4
-    if config.export_weights and not config.export_weights.endswith(".pth") and not is_known:
-        raise UserError("--export-weights: diffusers has no such network or prediction; write NAME.pth instead")
+    if config.export_weights and not config.export_weights.endswith(".pth"):
+        if not is_known:
+            raise UserError("--export-weights: diffusers has no such network or prediction; write NAME.pth instead")
+        if not importlib.util.find_spec("safetensors"):
+            raise UserError("--export-weights FOLDER: needs `pip install safetensors`")
 
 
 def execute(config, checkpoint):
@@ -1819,8 +1846,9 @@ def execute(config, checkpoint):
         export_weights(Path(config.export_weights).resolve(), model, config)
 
     # Suggest what to do next.
-    words = [sys.argv[0], "--sample", config.sample or str(config.folder), "--seed", str(config.seed)]
-    say(f"next: python {shlex.join(words)} --experiments trajectory interpolation")
+    if not (config.experiments or config.export or config.export_weights):
+        words = [sys.argv[0], "--sample", config.sample or str(config.folder), "--seed", str(config.seed)]
+        say(f"next: python {shlex.join(words)} --experiments trajectory interpolation")
 
 
 def execute_training(config, checkpoint, model, schedule):

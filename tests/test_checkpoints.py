@@ -213,6 +213,14 @@ def test_what_cannot_be_read_now_is_set_aside_and_auto_ends_with_its_name(ddim, 
     assert contents(tmp_path / "earlier-1") == before
 
 
+def test_nothing_is_moved_or_replaced_in_a_folder_that_cannot_be_listed(ddim, tmp_path, forbid):
+    ddim("--epochs", "3", *FAST)
+    before = contents(tmp_path)
+    forbid(os, "listdir", tmp_path)
+    result = ddim("--epochs", "2", *FAST)
+    assert result.code == 2 and "Permission denied" in result.err and contents(tmp_path) == before
+
+
 def test_a_damaged_file_is_refused_or_read_right(checkpoint, load, tmp_path):
     """Cut files short anywhere, and flip one bit anywhere."""
     whole, data, damaged = load(checkpoint), checkpoint.read_bytes(), tmp_path / "damaged.pth"

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageCms
 from torchvision.datasets import CIFAR10
 from torchvision.datasets.utils import calculate_md5
 
@@ -140,6 +140,20 @@ def test_a_folder_keeps_what_images_show(tmp_path):
     assert len(transparent) == 3 and all((image == 255).all() for image in transparent)
 
 
+def test_colours_of_an_embedded_profile_become_those_of_srgb(tmp_path):
+    """Embed a profile in which red means the green of sRGB, and green its red."""
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    swapped = profile.replace(b"rXYZ", b"....").replace(b"gXYZ", b"rXYZ").replace(b"....", b"gXYZ")
+    colours = Image.new("RGB", (32, 32), (200, 50, 100))
+    for name, embedded in (("a", None), ("b", profile), ("c", swapped), ("d", b"damaged")):
+        colours.save(tmp_path / f"{name}.png", icc_profile=embedded)
+    colours.convert("RGBA").save(tmp_path / "e.png", icc_profile=swapped)
+    Image.new("L", (32, 32), 70).save(tmp_path / "f.png", icc_profile=swapped)  # which is not for grey
+    found = load_folder(tmp_path)[:, :, 16, 16].int()
+    expected = torch.tensor([[200, 50, 100]] * 2 + [[50, 200, 100], [200, 50, 100], [50, 200, 100], [70, 70, 70]])
+    assert (found - expected).abs().max() <= 1
+
+
 def test_grey_of_no_known_scale_is_skipped(tmp_path, capsys):
     Image.new("L", (32, 32), 70).save(tmp_path / "a.png")
     for name, kind in (("float.tif", np.float32), ("int.tif", np.int32), ("sixteen.png", np.uint16)):
@@ -155,9 +169,10 @@ def test_what_is_left_out_of_a_folder_is_counted_by_kind_in_one_line(tmp_path, c
     for name in (*(f"{n}.gif" for n in range(30)), "one.heic", "two.HEIC", "three.heic", "notes.txt"):
         (tmp_path / name).touch()
     assert len(load_folder(tmp_path)) == 1
-    (line,) = capsys.readouterr().err.splitlines()
+    line, few = capsys.readouterr().err.splitlines()
     kinds = ("1 unreadable .png", "30 unreadable .gif", "3 .heic", "1 .txt")
     assert all(words in line for words in (str(tmp_path), *kinds)), line
+    assert "too few images" in few
 
     (tmp_path / "good.png").unlink()
     with pytest.raises(UserError, match=r"3 \.heic"):
@@ -224,6 +239,7 @@ def test_cifar10_is_found_or_downloaded_where_it_is_missing_or_damaged_and_damag
     with open(cifar10 / "data_batch_1", "rb") as file:
         first = pickle.load(file)["data"][0].reshape(3, 32, 32)
     assert [len(images) for images in intact] == [20, 4] and np.array_equal(intact[0][0], first)
+    assert torch.equal(load_images(data_dir=str(cifar10))[0], intact[0])  # by the name of its own folder
     damaged = cifar10 / "data_batch_3"
     damaged.write_bytes(damaged.read_bytes()[:-10])
     (tmp_path / "brought").mkdir()

@@ -38,7 +38,7 @@ def export(ddim, checkpoint, tmp_path):
 
     def run(name, *flags, path=checkpoint):
         result = ddim("--sample", path, *FAST, "--export", tmp_path / name, *flags, flags=ddim.device)
-        assert result.code == 0, result.err
+        assert result.code == 0 and "next:" not in result.out, result.err
         return read(tmp_path / name)
 
     return run
@@ -375,7 +375,11 @@ def test_absent_keys_have_the_defaults_of_diffusers(publish, tmp_path):
     drop("scheduler/scheduler_config.json", "beta_start")
     drop("unet/config.json", "act_fn")
     assert_same_function(tmp_path / "d", pipeline)
-    (tmp_path / "d" / "scheduler" / "scheduler_config.json").unlink()
+    scheduler = tmp_path / "d" / "scheduler" / "scheduler_config.json"
+    scheduler.write_text('{"_class_name": "FlowMatchEulerDiscreteScheduler"}')
+    with pytest.raises(UserError, match="FlowMatchEulerDiscreteScheduler"):
+        load_model(tmp_path / "d")
+    scheduler.unlink()
     drop("unet/config.json", "freq_shift")  # whose default is 0 there
     with pytest.raises(UserError, match="freq_shift"):
         load_model(tmp_path / "d")
@@ -385,18 +389,22 @@ def test_absent_keys_have_the_defaults_of_diffusers(publish, tmp_path):
             load_model(path)
 
 
-@pytest.mark.parametrize("form", ["fp16", "root", "old names"])
+@pytest.mark.parametrize("form", ["fp16", "sharded", "root", "prefixed", "old names"])
 def test_published_weights_are_found_in_each_form_in_which_they_are_published(publish, tmp_path, form):
     pipeline, folder = publish(), tmp_path / "x"
     unet, path = pipeline.unet, folder
     if form == "fp16":
         unet.half().save_pretrained(folder / "unet", variant="fp16")
         unet.float()
+    elif form == "sharded":
+        unet.save_pretrained(folder / "unet", max_shard_size="1MB")
+        assert len(list(folder.glob("unet/*.safetensors"))) > 1
     else:
         unet.save_pretrained(folder)
-    if form == "old names":
-        path, renamed = folder / "weights.pt", unet.state_dict()
-        for new, old in OLD_NAMES.items():
+    if form in ("prefixed", "old names"):
+        path = folder / "weights.pt"
+        renamed = {f"module._orig_mod.{name}": value for name, value in unet.state_dict().items()}
+        for new, old in OLD_NAMES.items() if form == "old names" else ():
             renamed = {name.replace(new, old): value for name, value in renamed.items()}
         torch.save(renamed, path)
     assert_same_function(path, pipeline)

@@ -29,7 +29,7 @@ def values_of(config, names):
 
 
 WRONG = """
---epochs 0 | --epochs 0 1..inf
+--epochs 0 | --epochs 0 at least 1
 --lr nan | --lr nan
 --eta 1.5 | --eta 1.5 0..1
 --dropout 1 | --dropout 0..0.99
@@ -46,6 +46,8 @@ WRONG = """
 --export-weights w --channel-mults 2 2 | --export-weights
 --sample x.pth --epochs 3 | --sample --epochs
 --sample x.pth --resume x.pth | --sample --resume
+--sample= | empty
+--resume= | empty
 """
 
 
