@@ -1394,7 +1394,8 @@ def set_aside(path):
 
 def unused(path):
     """Return path-1, path-2, ...: the first that does not exist."""
-    return next(name for n in itertools.count(1) if not (name := path.with_stem(f"{path.stem}-{n}")).exists())
+    names = (path.with_stem(f"{path.stem}-{n}") for n in itertools.count(1))
+    return next(name for name in names if not name.exists())
 
 
 def write_atomically(path, write):
@@ -1903,14 +1904,16 @@ def main(argv=None):
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
     except Exception as error:
-        code, text = getattr(error, "code", 2), str(error)
+        text = str(error)
+        code = getattr(error, "code", 2)
         if isinstance(error, UserError):  # all processes meet it, so one of each machine reports it
             if world.local_rank > 0:
                 return code
         elif isinstance(error, MemoryError) or "out of memory" in text:
             text = "out of memory; a smaller --micro-batch gives the same result with less memory"
         elif isinstance(error, dist.DistBackendError) or (world.size > 1 and "gloo" in text):
-            code, text = 1, f"another process was lost: {text}"
+            code = 1
+            text = f"another process was lost: {text}"
         elif not isinstance(error, OSError):
             frame = traceback.extract_tb(error.__traceback__)[-1]
             text = f"{type(error).__name__} in {frame.filename}, line {frame.lineno}: {text}"
