@@ -267,8 +267,7 @@ def ddim_sample(model, x_T, schedule, tau, eta=0.0, *, order=1, noise=None, on_s
     Returns x_0, like x_T. The predicted x_0 is not clipped.
     Raises ValueError if tau is not ascending, or for an unsupported eta or order.
     """
-    if [*tau] != sorted({*tau}):
-        raise ValueError(f"tau must hold ascending timesteps, not {[*tau[:5]]} ...")
+    check_tau(tau, schedule)
     if not 0 <= eta <= 1 or order not in (1, 2) or (order == 2 and eta > 0):
         raise ValueError(f"eta must be in [0, 1], order 1 or 2, and order 2 needs eta 0; not eta {eta}, order {order}")
 
@@ -308,6 +307,7 @@ def ddim_encode(model, x_0, schedule, tau):
     alpha = 1, so the first step evaluates it at tau[0].
     Returns x_T, like x_0.
     """
+    check_tau(tau, schedule)
     x_t = x_0
     for t, t_next in zip([-1, *tau[:-1]], tau):
         alpha, alpha_next = schedule.alpha(t), schedule.alpha(t_next)
@@ -315,6 +315,12 @@ def ddim_encode(model, x_0, schedule, tau):
         h = schedule.noise_ratio(t_next) - schedule.noise_ratio(t)
         x_t = math.sqrt(alpha_next) * (x_t / math.sqrt(alpha) + h * eps)
     return x_t
+
+
+def check_tau(tau, schedule):
+    """Raise ValueError unless tau holds ascending timesteps of the schedule."""
+    if not tau or [*tau] != sorted({*tau} & {*range(schedule.timesteps)}):
+        raise ValueError(f"tau must hold ascending timesteps in 0..{schedule.timesteps - 1}, not {[*tau[:5]]} ...")
 
 
 def slerp(a, b, weight):
@@ -433,7 +439,7 @@ class UNet(nn.Module):
         if channels % 32:
             raise ValueError(f"channels {channels}: must be a multiple of 32")
         if image_size % 2 ** (len(sides) - 1):
-            raise ValueError(f"channel_mults {spell(channel_mults)}: image_size {image_size} cannot be halved so often")
+            raise ValueError(f"channel_mults {spell(channel_mults)}: {image_size} pixels cannot be halved so often")
         if not set(attn_resolutions) <= set(sides):
             raise ValueError(f"attn_resolutions {spell(attn_resolutions)}: must be among {spell(sides)}")
         levels = [(channels * mult, side in attn_resolutions) for mult, side in zip(channel_mults, sides)]
@@ -794,8 +800,8 @@ def trajectory(sampler, _):
     films = compute(sampler, count, frames, steps, "trajectory", to_uint8)  # [count, 1 + steps, 3, 32, 32]
     shown = np.linspace(0, steps, min(11, steps + 1)).round().astype(int).tolist()
     labels = ["x_T"] + [f"t={t}" for t in reversed(sampler.tau(steps))]
-    columns = [labels[i] for i in shown]
-    save_grid(films[:, shown].flatten(0, 1), config.folder / "ddim_trajectory.png", column_labels=columns)
+    path = config.folder / "ddim_trajectory.png"
+    save_grid(films[:, shown].flatten(0, 1), path, column_labels=[labels[i] for i in shown])
 
     first, *others = [draw_grid(film, columns=count) for film in films.transpose(0, 1)]
     film = functools.partial(first.save, format="GIF", save_all=True, append_images=others, duration=80, loop=0)
@@ -1129,7 +1135,8 @@ def draw_shapes(count, seed):
     radius = draw.uniform(4, 10, (count, 1, 1))
     ground, ink = draw.uniform(0, 255, (2, count, 3, 1, 1)).astype(np.float32)
     rows, columns = np.indices((SIZE, SIZE))
-    cover = np.clip(radius - np.hypot(columns - x, rows - y) + 0.5, 0, 1)[:, None].astype(np.float32)
+    inside = radius - np.hypot(columns - x, rows - y)  # pixels from the edge
+    cover = np.clip(inside + 0.5, 0, 1)[:, None].astype(np.float32)
     return torch.from_numpy((ground + cover * (ink - ground)).round().astype(np.uint8))
 
 
@@ -1213,8 +1220,8 @@ class Log:
         losses, norms = torch.stack([*losses, *norms]).view(2, -1).tolist()
         seconds_each = (time.perf_counter() - self.began) / len(steps)
         images_per_s = self.config.batch_size / seconds_each
-        self.pending = []
         val_loss = validate() if validate else None
+        self.pending = []  # not before, so that `rescued` writes these rows if validation fails
         for step, loss, grad_norm, lr in zip(steps, losses, norms, rates):
             self.seconds += seconds_each
             epoch = (step - 1) // self.config.iterations + 1
@@ -1249,8 +1256,8 @@ def read_log(folder, step):
     path = folder / "ddim_log.csv"
     text = path.read_text(errors="replace").replace("\0", "") if path.is_file() else ""
     rows = [line.split(",") for line in text.splitlines()]
-    rows = [row for row in rows if len(row) == len(Log.columns) and row[0].isdigit() and row[-1]]
-    return [row for row in rows if int(row[0]) <= step]
+    rows = [row for row in rows if len(row) == len(Log.columns) and row[-1]]
+    return [row for row in rows if row[0].isdigit() and int(row[0]) <= step]
 
 
 # ---- Checkpoints -----------------------------------------------------------------------------------------------------
@@ -1300,10 +1307,10 @@ def load_checkpoint(path, device):
 def read_checkpoint(path, device):
     """Read and validate one file, or a folder of published weights: see load_checkpoint."""
     try:
+        found = [path]
         if path.is_dir():  # of diffusers, where variants such as fp16 come before the full weights
             folder = path / "unet" if (path / "unet").is_dir() else path
-            name = "diffusion_pytorch_model*"
-            found = sorted(folder.glob(f"{name}.bin")) + sorted(folder.glob(f"{name}.safetensors"))
+            found = sorted(folder.glob("diffusion_*.bin")) + sorted(folder.glob("diffusion_*.safetensors"))
             if not found:
                 raise FileNotFoundError("no weights in this folder")
             path = found[-1]
@@ -1313,7 +1320,7 @@ def read_checkpoint(path, device):
         if any(name.endswith("conv_in.weight") for name in checkpoint):
             checkpoint = from_published(checkpoint, path.parent)
         if checkpoint.get("format") != FORMAT:
-            raise ValueError(f"not a checkpoint of format {FORMAT}")
+            raise ValueError(f"not a checkpoint of format {FORMAT}; its keys are {spell([*checkpoint][:3])} ...")
         checkpoint["ema"] = {name: value.float() for name, value in checkpoint["ema"].items()}
 
         # Check the settings against this program, and the weights against the settings.
@@ -1376,7 +1383,7 @@ def make_room(folder, step, own):
     os.listdir(folder)  # raises an error where glob would find nothing, in a folder that cannot be listed
     patterns = ("ddim_model_*.pth", "ddim_log.csv", "ddim_samples*.png")
     files = [path for pattern in patterns for path in folder.glob(pattern) if path != own]
-    if files and furthest != 1 and not goes_on:
+    if files and not goes_on and (furthest != 1 or read_log(folder, math.inf)[1:]):
         target = unused(folder / "earlier")
         target.mkdir()
         for path in files:
@@ -1403,15 +1410,15 @@ def write_atomically(path, write):
     if world.rank > 0:
         return
     temporary = path.with_name(f".{os.getpid()}-{path.name}")  # Pillow takes the format from the ending
+    path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch.save wraps the error of a full disk
-        raise UserError(f"cannot write {path}: {error.__context__ or error}") from error
+        raise UserError(f"cannot write {path}: {error if isinstance(error, OSError) else error.__context__}") from error
     finally:
         temporary.unlink(missing_ok=True)
     say(f"wrote {path}")
@@ -1420,6 +1427,7 @@ def write_atomically(path, write):
 # ---- Weights from and for diffusers ----------------------------------------------------------------------------------
 
 PREDICTION_TYPES = {"v": "v_prediction", "eps": "epsilon"}  # diffusers' names
+BETA_SCHEDULERS = ("DDPM", "DDIM", "PNDM", "DPMSolver", "Euler", "UniPC", "DEIS", "LMS")  # not EDM or flow matching
 
 # diffusers' defaults for keys that decide what a network computes, and that a file may lack.
 DEFAULTS = json.loads("""{
@@ -1451,7 +1459,8 @@ def diffusers_configs(config):
     scheduler = {"_class_name": "DDIMScheduler", "prediction_type": PREDICTION_TYPES.get(config.predict)}
 
     # Any schedule other than diffusers' default is described by its betas.
-    alphas, linear = NoiseSchedule(**config.of(SCHEDULE)).alphas_cumprod, torch.linspace(1e-4, 0.02, 1000).double()
+    alphas = NoiseSchedule(**config.of(SCHEDULE)).alphas_cumprod
+    linear = torch.linspace(1e-4, 0.02, 1000).double()
     betas = 1 - alphas / torch.cat([torch.ones(1), alphas[:-1]])
     scheduler |= {"num_train_timesteps": len(betas), "clip_sample": False}
     if len(betas) != 1000 or not torch.allclose(betas, linear, rtol=1e-4):
@@ -1472,13 +1481,16 @@ def from_published(weights, folder):
 
     places = [folder.absolute().parent / "scheduler", folder / "scheduler", folder]
     found = {path.name: json.loads(path.read_text()) for place in places for path in place.glob("*config.json")}
+    for file in DEFAULTS.keys() - found.keys():
+        say(f"note: no {file} beside the weights: assuming DDPM's")
     scheduler = found.setdefault("scheduler_config.json", {})
-    if "Flow" in scheduler.get("_class_name", ""):
+    if not scheduler.get("_class_name", "DDPM").startswith(BETA_SCHEDULERS):
         raise ValueError(f"its scheduler is {scheduler['_class_name']}, which has no betas")
     settings = {"predict": "v" if scheduler.get("prediction_type") == "v_prediction" else "eps"}
     if unet := found.get("config.json"):
         widths, kinds = unet["block_out_channels"], unet["down_block_types"]
-        settings["channels"], settings["channel_mults"] = widths[0], tuple(width // widths[0] for width in widths)
+        settings["channels"] = widths[0]
+        settings["channel_mults"] = tuple(width // widths[0] for width in widths)
         settings["attn_resolutions"] = tuple(SIZE >> i for i, kind in enumerate(kinds) if kind == "AttnDownBlock2D")
         settings["res_blocks"] = unet.get("layers_per_block", 2)
 
@@ -1518,11 +1530,8 @@ def export_weights(path, model, config):
 
 # This process among those of torchrun. Variables of other launchers, or an incomplete set of them, are ignored.
 launched = os.environ if dist.is_torchelastic_launched() else {}
-world = SimpleNamespace(
-    rank=int(launched.get("RANK", 0)),
-    size=int(launched.get("WORLD_SIZE", 1)),
-    local_rank=int(launched.get("LOCAL_RANK", 0)),
-)
+rank, size, local_rank = [int(launched.get(name, 0)) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")]
+world = SimpleNamespace(rank=rank, size=max(1, size), local_rank=local_rank)
 
 
 def share(count):
@@ -1604,9 +1613,9 @@ def rescued(trainer, log):
                 save_checkpoint(config.folder / "ddim_model_last.pth", trainer)
             if log.pending:
                 log.write()
-            if trainer.steps > 0:
-                words = [sys.argv[0], *config.argv, "--resume", str(config.folder)]  # of two --resume, the last counts
-                say(f"to go on: {'torchrun ...' if world.size > 1 else 'python'} {shlex.join(words)}", sys.stderr)
+        if trainer.steps > 0 and runs_in(config.folder):
+            words = [sys.argv[0], *config.argv, "--resume", str(config.folder)]  # of two --resume, the last counts
+            say(f"to go on: {'torchrun ...' if world.size > 1 else 'python'} {shlex.join(words)}", sys.stderr)
         raise
     finally:
         for signum, handler in before.items():
@@ -1678,7 +1687,7 @@ def start(config):
         device = torch.device("cuda", world.local_rank) if asked == "cuda" else torch.device(asked)
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {asked}: not available ({str(error).splitlines()[0]})") from error
+        raise OSError(f"--device {asked}: not available ({str(error).splitlines()[0]})") from error
     config.device = str(device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -1733,8 +1742,8 @@ def parse_args(argv):
     typed = vars(make_parser().parse_args(argv))
     typed.pop("local_rank", None)
     typed = {name: tuple(value) if isinstance(value, list) else value for name, value in typed.items()}
-    if "" in typed.values():
-        raise UserError("a flag has an empty value, as from an unset shell variable")
+    for name in [name for name, value in typed.items() if value == ""]:
+        raise UserError(f"{spell_flag(name)}: must not be empty, as from an unset shell variable")
     training_only = sorted(typed.keys() & {*Config.names(LENGTH, RUN), "resume"} - {"dataset"})
     if "sample" in typed and training_only:
         raise UserError(f"--sample does not train, so it cannot be combined with {spell_flag(training_only[0])}")
@@ -1782,9 +1791,9 @@ def check(config):
     """Raise UserError if a setting is impossible, alone or in combination."""
     for setting in fields(Config):
         value, limits = getattr(config, setting.name), setting.metadata
-        least, most = limits.get("least"), limits.get("most", math.inf)
+        least, most = limits.get("least"), limits.get("most", sys.float_info.max)
         for item in value if isinstance(value, tuple) else [value]:
-            if least is not None and item is not None and not least <= item <= most:  # excludes NaN
+            if least is not None and item is not None and not least <= item <= most:  # excludes NaN and inf
                 allowed = f"in {least}..{most}" if "most" in limits else f"at least {least}"
                 raise UserError(f"{spell_flag(setting.name)} {item}: must be {allowed}")
     try:
@@ -1811,7 +1820,7 @@ def check(config):
         if place.is_relative_to(Path(config.export).resolve()):  # an export is set aside by the next
             raise UserError(f"--export {config.export}: must be a folder of its own")
     is_known = config.channel_mults[0] == 1 and config.predict in PREDICTION_TYPES and len(Config.names(UNET)) == 4
-    if config.export_weights and not config.export_weights.endswith(".pth"):
+    if config.export_weights and Path(config.export_weights).suffix != ".pth":
         if not is_known:
             raise UserError("--export-weights: diffusers has no such network or prediction; write NAME.pth instead")
         if not importlib.util.find_spec("safetensors"):
@@ -1828,7 +1837,7 @@ def execute(config, checkpoint):
         model.load_state_dict(checkpoint["ema"] if config.sample and not config.no_ema else raw)
     model.to(config.device, memory_format=torch.channels_last)
     size = sum(parameter.numel() for parameter in model.parameters())
-    say(f"device    {config.device}, {config.precision}" + (f", {world.size} processes" if world.size > 1 else ""))
+    say(f"device    {config.device}, {config.precision}, processes: {world.size}")
     say(f"network   {size:,} parameters" + (f", from {checkpoint['path']}" if checkpoint else ""))
 
     test_images = None

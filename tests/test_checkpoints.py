@@ -134,7 +134,7 @@ def test_a_folder_is_its_furthest_checkpoint_whatever_names_and_dates_say(tmp_pa
 
 def test_weights_start_a_new_run(ddim, tmp_path, checkpoint, load):
     """Begin with weights of --export-weights, in bf16, and with those of others."""
-    weights, published = tmp_path / "weights.pth", tmp_path / "published.bin"
+    weights, published = tmp_path / "weights.pth", tmp_path / "1-of-2.bin"
     average = load(checkpoint)["ema"]
     weights.write_text("of another run")
     sample = ["--sample", checkpoint, "--num-samples", "1", "--sample-steps", "1", "--export-weights", weights]
@@ -182,6 +182,10 @@ def test_auto_begins_anew_beside_a_quick_test_but_goes_on_with_anything_longer(d
     (tmp_path / "ddim_log.csv").unlink()  # without which it is none the less a run
     before = contents(tmp_path)
     assert ddim(*FAST).code == 0 and contents(tmp_path / "earlier-1") == before
+    with open(tmp_path / "ddim_log.csv", "a") as log:  # of a run that was killed before its first checkpoint
+        log.write("\n2,1,0.1,,0.1,0.1,1,2\n3,1,0.1,,0.1,0.1,1,3")
+    before = contents(tmp_path)
+    assert ddim(*FAST).code == 0 and contents(tmp_path / "earlier-2") == before
 
 
 def test_a_run_resumed_from_another_checkpoint_sets_the_others_aside_and_takes_its_log_along(
@@ -340,7 +344,10 @@ def test_a_file_is_on_disk_before_it_has_its_name_and_a_write_that_fails_damages
     ddim_cifar.write_atomically(tmp_path / "x", lambda file: file.write(b"text"))
     assert done[:2] == ["fsync", "replace"]
     with pytest.raises(UserError, match=r"x: .*No space left"):
-        ddim_cifar.write_atomically(tmp_path / "x", lambda file: (file.write(b"half of it"), full()))
+        try:
+            raise SystemExit(143)  # which it is called to rescue from
+        except SystemExit:
+            ddim_cifar.write_atomically(tmp_path / "x", lambda file: (file.write(b"half of it"), full()))
     assert (tmp_path / "x").read_text() == "text" and not list(tmp_path.glob(".[0-9]*"))
 
 

@@ -376,6 +376,12 @@ def test_an_error_in_a_step_saves_the_last_whole_one(ddim, tmp_path, load, read_
     assert [row["step"] for row in read_log(tmp_path)] == ["1", "2", "3", "4"]
 
 
+def test_steps_are_logged_even_if_their_held_out_loss_fails(ddim, tmp_path, read_log, monkeypatch):
+    monkeypatch.setattr(ddim_cifar, "held_out_loss", lambda *_: 1 / 0)
+    assert ddim("--iterations", "3", *ONE, *LIGHT).code == 2
+    assert [row["step"] for row in read_log(tmp_path)] == ["1", "2", "3"]
+
+
 def test_a_step_that_fails_half_way_is_not_saved_as_a_whole_one(ddim, tmp_path, monkeypatch):
     steps, step = [], torch.optim.Adam.step
 
@@ -429,7 +435,7 @@ def test_two_processes_go_on_as_one_would(ddim, tmp_path, read_log, load):
     one = ddim(*flags, "--export", tmp_path / "one.npz", flags=[], out_dir=tmp_path / "one")
     two = ddim.finish(ddim.torchrun(2, *flags, "--export", tmp_path / "two.npz", "--out-dir", tmp_path / "two"))
     assert one.code == two.code == 0, two.err
-    assert "2 processes" in two.out and two.out.count("2 done, 4 to go") == 1
+    assert "processes: 2" in two.out and two.out.count("2 done, 4 to go") == 1
 
     names = [{path.name for path in (tmp_path / name).iterdir()} for name in ("one", "two")]
     assert names[0] == names[1] >= {"ddim_samples_epoch_2.png", "ddim_trajectory.png"}
