@@ -1059,7 +1059,7 @@ def open_cifar10(folder):
     with contextlib.suppress(RuntimeError):  # torchvision's: not found or corrupted
         return read()
     final, archive = folder / CIFAR10.base_folder, folder / CIFAR10.filename
-    has_images = any(path.suffix.lower() in (".jpg", ".jpeg", ".png", ".webp") for path in folder.rglob("*"))
+    has_images = any(path.suffix.lower() in Image.registered_extensions() for path in folder.rglob("*"))
     if has_images and not final.exists() and not archive.exists():
         raise UserError(f"--data-dir {folder} holds images, not CIFAR-10: to train on them, use --dataset {folder}")
 
@@ -1254,7 +1254,7 @@ class Log:
 def read_log(folder, step):
     """Return the rows of a run's log up to this step, as lists of strings. Incomplete rows are left out."""
     path = folder / "ddim_log.csv"
-    text = path.read_text(errors="replace").replace("\0", "") if path.is_file() else ""
+    text = path.read_text(errors="replace") if path.is_file() else ""
     rows = [line.split(",") for line in text.splitlines()]
     rows = [row for row in rows if len(row) == len(Log.columns) and row[-1]]
     return [row for row in rows if row[0].isdigit() and int(row[0]) <= step]
@@ -1498,7 +1498,8 @@ def from_published(weights, folder):
     ours = diffusers_configs(Config(**settings))
     for file in sorted(DEFAULTS.keys() & found.keys()):
         for key in sorted({*DEFAULTS[file], *ours[file]} - {"_class_name", "dropout", "clip_sample"}):
-            value, expected = ({**DEFAULTS[file], **values}.get(key) for values in (found[file], ours[file]))
+            value = {**DEFAULTS[file], **found[file]}.get(key)
+            expected = {**DEFAULTS[file], **ours[file]}.get(key)
             if value != expected:
                 raise ValueError(f"its {file} has {key} = {value}, but this program computes {expected}")
     return {"format": FORMAT, "config": settings, "ema": weights}
@@ -1530,8 +1531,11 @@ def export_weights(path, model, config):
 
 # This process among those of torchrun. Variables of other launchers, or an incomplete set of them, are ignored.
 launched = os.environ if dist.is_torchelastic_launched() else {}
-rank, size, local_rank = [int(launched.get(name, 0)) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")]
-world = SimpleNamespace(rank=rank, size=max(1, size), local_rank=local_rank)
+world = SimpleNamespace(
+    rank=int(launched.get("RANK", 0)),
+    size=int(launched.get("WORLD_SIZE", 1)),
+    local_rank=int(launched.get("LOCAL_RANK", 0)),
+)
 
 
 def share(count):
@@ -1687,7 +1691,7 @@ def start(config):
         device = torch.device("cuda", world.local_rank) if asked == "cuda" else torch.device(asked)
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise OSError(f"--device {asked}: not available ({str(error).splitlines()[0]})") from error
+        raise OSError(f"--device {asked}: not available ({error})") from error
     config.device = str(device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
