@@ -798,7 +798,7 @@ def trajectory(sampler, _):
         return torch.stack(seen, dim=1)
 
     films = compute(sampler, count, frames, steps, "trajectory", to_uint8)  # [count, 1 + steps, 3, 32, 32]
-    shown = np.linspace(0, steps, min(11, steps + 1)).round().astype(int).tolist()
+    shown = np.linspace(0, steps, min(11, steps + 1)).round().astype(int)
     labels = ["x_T"] + [f"t={t}" for t in reversed(sampler.tau(steps))]
     path = config.folder / "ddim_trajectory.png"
     save_grid(films[:, shown].flatten(0, 1), path, column_labels=[labels[i] for i in shown])
@@ -1254,7 +1254,7 @@ class Log:
 def read_log(folder, step):
     """Return the rows of a run's log up to this step, as lists of strings. Incomplete rows are left out."""
     path = folder / "ddim_log.csv"
-    text = path.read_text(errors="replace") if path.is_file() else ""
+    text = path.read_text(errors="replace").replace("\0", "") if path.is_file() else ""
     rows = [line.split(",") for line in text.splitlines()]
     rows = [row for row in rows if len(row) == len(Log.columns) and row[-1]]
     return [row for row in rows if row[0].isdigit() and int(row[0]) <= step]
@@ -1795,7 +1795,8 @@ def check(config):
     """Raise UserError if a setting is impossible, alone or in combination."""
     for setting in fields(Config):
         value, limits = getattr(config, setting.name), setting.metadata
-        least, most = limits.get("least"), limits.get("most", sys.float_info.max)
+        least = limits.get("least")
+        most = limits.get("most", sys.float_info.max)
         for item in value if isinstance(value, tuple) else [value]:
             if least is not None and item is not None and not least <= item <= most:  # excludes NaN and inf
                 allowed = f"in {least}..{most}" if "most" in limits else f"at least {least}"
