@@ -708,6 +708,7 @@ def train(trainer, images, held_out, log):
             if trainer.steps % READ_EVERY.get(trainer.device.type, 1) and not (periodic or run_ends):
                 continue
 
+            # Log.
             validates = (periodic or run_ends) and not config.is_quick_test
             log.write(functools.partial(held_out_loss, averaged, held_out, config) if validates else None)
 
@@ -1059,7 +1060,7 @@ def open_cifar10(folder):
     with contextlib.suppress(RuntimeError):  # torchvision's: not found or corrupted
         return read()
     final, archive = folder / CIFAR10.base_folder, folder / CIFAR10.filename
-    has_images = any(path.suffix.lower() in Image.registered_extensions() for path in folder.rglob("*"))
+    has_images = any(path.suffix.lower() in (".jpg", ".jpeg", ".png", ".webp") for path in folder.rglob("*"))
     if has_images and not final.exists() and not archive.exists():
         raise UserError(f"--data-dir {folder} holds images, not CIFAR-10: to train on them, use --dataset {folder}")
 

@@ -96,7 +96,7 @@ class Command:
         return [os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) for process in processes]
 
     def kill(self, process):
-        """End a process and those that it started: torchrun puts each into a session of its own."""
+        """End a process and those that it started: torchrun puts each into a process group of its own."""
         listed = Path(f"/proc/{process.pid}/task/{process.pid}/children")
         children = listed.read_text().split() if process.poll() is None and listed.exists() else []
         for pid in [*map(int, children), process.pid]:
