@@ -125,6 +125,26 @@ def test_group_norm_by_channels_is_that_of_torch_in_float64_with_its_gradients(o
     assert torch.equal(norm.by_channels(x.bfloat16()), norm.by_channels(x.bfloat16().float()))  # moments in float32
 
 
+@pytest.mark.parametrize(("channels", "side"), [(64, 32), (96, 8), (512, 8)])
+def test_group_norm_in_bfloat16_on_a_cpu_has_the_gradients_of_float64(channels, side):
+    torch.manual_seed(0)
+    norm, exact = GroupNorm(channels), nn.GroupNorm(32, channels, eps=1e-6).double()
+    for parameter in norm.parameters():
+        nn.init.normal_(parameter)
+    exact.load_state_dict(norm.state_dict())
+    x, direction = (3 + torch.randn(2, 4, channels, side, side)).bfloat16()
+
+    found = []
+    for module, dtype in ((norm, torch.bfloat16), (exact, torch.float64)):
+        leaf = x.to(dtype, memory_format=torch.channels_last, copy=True).requires_grad_()
+        y = module(leaf)
+        y.backward(direction.to(dtype))
+        found.append([y, leaf.grad, module.weight.grad, module.bias.grad])
+    for ours, theirs in zip(*found):
+        assert (ours - theirs).norm() < 0.006 * theirs.norm()  # rounding x alone changes some by 0.006
+    assert all(value.is_contiguous(memory_format=torch.channels_last) for value in found[0][:2])
+
+
 @pytest.mark.parametrize(("predict", "timesteps"), [("v", 1000), ("eps", 1000), ("v", 500)])
 def test_exported_weights_give_the_same_pictures_in_diffusers(small, predict, timesteps, tmp_path, monkeypatch):
     schedule = NoiseSchedule(timesteps)

@@ -264,6 +264,22 @@ def test_muon_takes_the_steps_of_its_formula(steps, layout):
         assert momentum.shape == weight.shape and momentum.stride() == weight.stride()
 
 
+def test_muon_in_bfloat16_rounds_the_steps_of_convolutions_only():
+    torch.manual_seed(0)
+    starts = [torch.randn(64, 16, 3, 3), torch.randn(64, 64)]
+    gradients = [torch.randn_like(start) for start in starts]
+    steps = {}
+    for precision in ("fp32", "bf16"):
+        weights = [nn.Parameter(start.clone()) for start in starts]
+        for weight, gradient in zip(weights, gradients):
+            weight.grad = gradient.clone()
+        ddim_cifar.Muon(weights, lr=0.1, precision=precision).step()
+        steps[precision] = [weight.detach() - start for weight, start in zip(weights, starts)]
+    (convolution, linear), (rounded, same) = steps["fp32"], steps["bf16"]
+    assert torch.equal(linear, same)
+    assert 1e-4 < (rounded - convolution).norm() / convolution.norm() < 0.02
+
+
 @pytest.mark.parametrize("on_cpu", [True, False])
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_muon_leaves_all_as_it_is_where_found_inf_says_so(on_cpu, bad, monkeypatch):
