@@ -199,6 +199,10 @@ def test_a_matrix_for_muon_has_thirty_two_rows_and_columns_or_more():
     assert [len(optimizer.param_groups[0]["params"]) for optimizer in (muon, adam)] == [2, 6]
     assert muon.param_groups[0]["params"][0] is model[0].weight
     assert muon.param_groups[0]["params"][1] is model[3].weight  # 36 columns
+    unet = ddim_cifar.UNet(32, (1,), 1, ())
+    muon, _ = ddim_cifar.make_optimizers(unet, "muon", 1e-3)
+    embedding = {id(weight) for name, weight in unet.named_parameters() if "time_emb" in name}
+    assert embedding and embedding.isdisjoint(map(id, muon.param_groups[0]["params"]))
     (adam,) = ddim_cifar.make_optimizers(model, "adam", 1e-3)
     assert isinstance(adam, torch.optim.Adam) and len(adam.param_groups[0]["params"]) == 8
 
