@@ -952,7 +952,7 @@ def inverse_roots(grams):
 def make_optimizers(model, name, lr, precision="fp32"):
     """Return the optimizers, all at rate lr: [Muon for weight matrices, Adam for the rest], or [Adam].
 
-    Adam also takes the layers of the time embedding: as good, and a step is faster (measured).
+    Adam also takes the layers of the time embedding, which is as good and makes a step faster (measured).
     """
     if name == "adam":
         return [torch.optim.Adam(model.parameters(), lr=lr, fused=True)]
@@ -975,7 +975,7 @@ def load_optimizers(optimizers, states):
 
 
 class CPUGroupNorm(torch.autograd.Function):
-    """GroupNorm in bf16 and channels_last on a CPU, where torch's gradient takes three to ten times as long."""
+    """Compute GroupNorm in bf16 and channels_last on a CPU, where torch takes up to seven times as long in training."""
 
     @staticmethod
     def forward(ctx, x, weight, bias, groups, eps):
@@ -990,7 +990,7 @@ class CPUGroupNorm(torch.autograd.Function):
         """Return dx = rstd (w dy - mean(w dy) - z mean(w dy z)), dw and db, where z = (x - mean) rstd."""
         x, w, mean, rstd = ctx.saved_tensors  # [N, C, H, W], [32, C/32], [N, 32, 1], [N, 32, 1]
         rounded = mean.expand(-1, *w.shape).to(x.dtype)
-        product = (x - rounded.flatten(1)[:, :, None, None]).mul_(dy)  # near zero, bf16 is most precise
+        product = (x - rounded.flatten(1)[:, :, None, None]).mul_(dy)  # less the mean, so that sums lose no digits
 
         # Sums over pixels, [N, 32, C/32], and means over groups, [N, 32, 1].
         sum_dy, sum_product = [v.sum((2, 3)).float().unflatten(1, w.shape) for v in (dy, product)]
@@ -1051,7 +1051,7 @@ class Upsample(nn.Module):
 
     def forward(self, x):  # [N, C, H, W] -> [N, C, 2H, 2W]
         # Both together are one transposed 4x4 convolution of stride 2, with 4/9 of the arithmetic. Along each axis, its
-        # kernel holds the sums of neighbours in the flipped 3x3 kernel: `sums` is 001, 011, 110, 100.
+        # kernel holds sums of neighbours in the flipped 3x3 kernel. The rows of `sums` are 001, 011, 110 and 100.
         weight = self.conv.weight
         eye = torch.eye(4, 3, dtype=weight.dtype, device=weight.device)
         sums = (eye + eye.roll(1, 0)).flip(1)
